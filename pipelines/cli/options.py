@@ -1,0 +1,105 @@
+"""Arguments and options that several commands share, and what the shell may complete for them.
+
+Knows how to find the registry that the user means; opens it only when a command asks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeAlias
+
+import typer
+
+if TYPE_CHECKING:
+    from registry import Registry
+
+__all__ = [
+    "ExpertArgument",
+    "JsonOption",
+    "OptOutOption",
+    "OutFolder",
+    "OwnerArgument",
+    "RegistryOption",
+    "examples",
+    "open_registry",
+]
+
+
+def examples(*lines: str) -> str:
+    """Build the closing block of a help page from one command line a line."""
+    return "\n".join(["\b", "Examples:", *(f"  {line}" for line in lines)])
+
+
+def open_registry(context: typer.Context, given: Path | None) -> Registry:
+    """Open the registry named after the command, before it, in ``COTERIE_REGISTRY``, or the user's own."""
+    from registry import Registry
+
+    return Registry(given or context.find_root().params.get("registry"))
+
+
+def _names(context: typer.Context, incomplete: str, *, owners: bool) -> list[str]:
+    """Names from the index for the shell; anything that goes wrong only means no suggestion."""
+    try:
+        store = open_registry(context, context.params.get("registry"))
+        known = store.owners() if owners else {record.name for record in store.experts()}
+    except Exception:
+        return []
+    return sorted(name for name in known if name.startswith(incomplete))
+
+
+def complete_expert(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Suggest the experts of the registry."""
+    return _names(ctx, incomplete, owners=False)
+
+
+def complete_owner(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Suggest the owners of the registry."""
+    return _names(ctx, incomplete, owners=True)
+
+
+RegistryOption: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--registry",
+        metavar="PATH",
+        envvar="COTERIE_REGISTRY",
+        file_okay=False,
+        help="The registry to use; by default the one in your user data folder.",
+    ),
+]
+JsonOption: TypeAlias = Annotated[
+    bool, typer.Option("--json", help="Print JSON for programs instead of a table.")
+]
+ExpertArgument: TypeAlias = Annotated[
+    str,
+    typer.Argument(
+        metavar="EXPERT",
+        help="owner/expert, owner/expert@VERSION or owner/expert@sha256:DIGEST.",
+        autocompletion=complete_expert,
+        show_default=False,
+    ),
+]
+OwnerArgument: TypeAlias = Annotated[
+    str,
+    typer.Argument(metavar="OWNER", help="The owner's name.", autocompletion=complete_owner, show_default=False),
+]
+OptOutOption: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--opt-out",
+        metavar="OWNER",
+        help="Leave this owner out; may be given several times.",
+        autocompletion=complete_owner,
+        show_default=False,
+    ),
+]
+OutFolder: TypeAlias = Annotated[
+    Path,
+    typer.Argument(
+        metavar="OUT",
+        exists=True,
+        file_okay=False,
+        help="A folder written by 'coterie build'.",
+        show_default=False,
+    ),
+]
