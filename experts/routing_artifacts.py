@@ -1,0 +1,350 @@
+"""What an owner publishes beside the weights so that others can route to the expert.
+
+An embedding of the domain, router rows, and additive statistics of hidden states, each optional, all in one
+safetensors file. Knows their names, shapes and bounds; knows nothing of how a router uses them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from experts.errors import AdmissionError
+from experts.files import capped, open_regular, path_problems, write_atomic
+from experts.safetensors_header import Header, StoredTensor, TensorSpec, read_header_from
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = [
+    "ROUTING_FILE",
+    "EmbeddingInfo",
+    "RoutingArtifacts",
+    "RoutingInfo",
+    "RowsInfo",
+    "Statistics",
+    "StatisticsInfo",
+]
+
+ROUTING_FILE = "routing.safetensors"
+
+MAX_ROW_RMS = 8.0
+"""Largest root mean square of a router row's entries. Rows are initialised below 1 and move little; a row far
+above would take every token from the other owners."""
+MAX_BIAS = 1e4
+"""Largest magnitude of an owner's (never positive) router bias."""
+MAX_STATE = 1e6
+"""Largest root mean square of a hidden state's coordinate that statistics may claim."""
+MAX_EMBEDDING = 1e4
+"""Largest magnitude of an entry of a domain embedding."""
+
+_FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+_Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_Text = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class StatisticsInfo(BaseModel):
+    """Where the statistics were taken."""
+
+    model_config = _FROZEN
+
+    layer: Annotated[int, Field(ge=0)]
+    """The hidden states entering this decoder layer."""
+    normalization: Literal["none", "rms"]
+    """``rms``: each state was divided by its root mean square first."""
+    tokens: Annotated[int, Field(ge=1)]
+    documents: Annotated[int, Field(ge=1)]
+
+
+class RowsInfo(BaseModel):
+    """Which layers have a router row of this expert's own."""
+
+    model_config = _FROZEN
+
+    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+    has_bias: bool
+    public_digest: _Digest | None = None
+    """Digest of the frozen public rows that these rows were trained against."""
+    init: _Text
+    """How the rows were initialised, for instance ``domain_embedding``."""
+
+    @field_validator("layers")
+    @classmethod
+    def _ascending(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
+        if list(layers) != sorted(set(layers)):
+            raise ValueError("layers must ascend without repetition")
+        return layers
+
+
+class EmbeddingInfo(BaseModel):
+    """What the domain embedding was made with."""
+
+    model_config = _FROZEN
+
+    model: _Text
+    dim: Annotated[int, Field(ge=1, le=65536)]
+
+
+class RoutingInfo(BaseModel):
+    """Which routing artefacts a file holds; in an expert's card, or beside a base for public text."""
+
+    model_config = _FROZEN
+
+    file: str = ROUTING_FILE
+    statistics: StatisticsInfo | None = None
+    rows: RowsInfo | None = None
+    embedding: EmbeddingInfo | None = None
+
+    @field_validator("file")
+    @classmethod
+    def _portable(cls, file: str) -> str:
+        problems = path_problems([file])
+        if problems or not file.endswith(".safetensors") or "/" in file:
+            raise ValueError(f"'{file}' is not the name of a .safetensors file in the folder")
+        return file
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistics:
+    """Additive statistics of hidden states: n, Σx and Σxxᵀ (not centred), in float64.
+
+    Sums of statistics are the statistics of the pooled states, so a router solved from them can be solved
+    again from any subset of owners.
+    """
+
+    count: float
+    """Number of states."""
+    sum: NDArray[np.float64]
+    """Shape ``(d,)``."""
+    scatter: NDArray[np.float64]
+    """Shape ``(d, d)``."""
+
+    @classmethod
+    def from_states(cls, x: NDArray[np.floating]) -> Self:
+        """Sum up states ``x`` of shape ``(n, d)``, any float dtype."""
+        import numpy as np
+
+        states = np.asarray(x, dtype=np.float64)
+        return cls(count=float(len(states)), sum=states.sum(axis=0), scatter=states.T @ states)
+
+    def __add__(self, other: Statistics) -> Statistics:
+        return Statistics(
+            count=self.count + other.count, sum=self.sum + other.sum, scatter=self.scatter + other.scatter
+        )
+
+    @property
+    def mean(self) -> NDArray[np.float64]:
+        """Σx / n, shape ``(d,)``."""
+        return self.sum / self.count
+
+    @property
+    def covariance(self) -> NDArray[np.float64]:
+        """Σxxᵀ / n − mean meanᵀ (the maximum-likelihood estimate), shape ``(d, d)``."""
+        mean = self.mean
+        return self.scatter / self.count - mean[:, None] * mean[None, :]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingArtifacts:
+    """The routing artefacts of one expert, or of public text, in memory.
+
+    Tensors, exactly those that ``info`` declares: ``embedding`` F32 ``(dim,)``; ``row.{layer}.weight`` F32
+    ``(d,)`` and ``row.{layer}.bias`` F32 ``(1,)``; ``statistics.count`` F64 ``(1,)``, ``statistics.sum`` F64
+    ``(d,)``, ``statistics.scatter`` F64 ``(d, d)``.
+    """
+
+    info: RoutingInfo
+    tensors: Mapping[str, NDArray[np.floating]]
+
+    @property
+    def statistics(self) -> Statistics | None:
+        """The additive statistics, if the file has them."""
+        if self.info.statistics is None:
+            return None
+        return Statistics(
+            count=float(self.tensors["statistics.count"][0]),
+            sum=self.tensors["statistics.sum"].astype("float64", copy=False),
+            scatter=self.tensors["statistics.scatter"].astype("float64", copy=False),
+        )
+
+    @property
+    def embedding(self) -> NDArray[np.floating] | None:
+        """The domain embedding, shape ``(dim,)``, if the file has one."""
+        return self.tensors.get("embedding")
+
+    def row(self, layer: int) -> tuple[NDArray[np.floating], NDArray[np.floating] | None]:
+        """Return the router row of a layer, shape ``(d,)``, and its bias, shape ``(1,)``, or None.
+
+        Raises:
+            AdmissionError: The artefact has no row for ``layer``.
+        """
+        layers = self.info.rows.layers if self.info.rows else ()
+        if layer not in layers:
+            raise AdmissionError(
+                f"No router row for layer {layer}; the artefact has rows for {list(layers)}."
+            )
+        return self.tensors[f"row.{layer}.weight"], self.tensors.get(f"row.{layer}.bias")
+
+    def save(self, folder: Path) -> Path:
+        """Check the tensors and write them to ``folder`` under the name that ``info`` gives; return the path.
+
+        Raises:
+            AdmissionError: The tensors are not exactly those that ``info`` declares, or break a bound.
+        """
+        import numpy as np
+        from safetensors.numpy import save
+
+        names = {"float32": "F32", "float64": "F64"}
+        specs = {
+            name: TensorSpec(dtype=names.get(array.dtype.name, array.dtype.name), shape=array.shape)
+            for name, array in self.tensors.items()
+        }
+        _check_schema(specs, self.info, what=f"'{self.info.file}'", hidden_size=None)
+        _check_values(self.tensors, what=f"'{self.info.file}'")
+        path = folder / self.info.file
+        write_atomic(path, save({name: np.ascontiguousarray(a) for name, a in self.tensors.items()}))
+        return path
+
+    @classmethod
+    def load(cls, path: Path, info: RoutingInfo, *, hidden_size: int | None = None) -> Self:
+        """Read and check the artefacts.
+
+        Args:
+            path: The file, under any name, or the folder that holds it under the name that ``info`` gives.
+            info: What the file is declared to hold.
+            hidden_size: Width of the base's hidden states, if known.
+
+        Raises:
+            AdmissionError: Tensors that ``info`` does not declare, missing ones, other shapes or dtypes,
+                values that are not finite or break a bound; every offender is listed.
+        """
+        file = path / info.file if path.is_dir() else path
+        what = f"'{info.file}'"
+        with open_regular(file) as stream:
+            header = read_header_from(stream, what=what)
+            _check_schema(header.tensors, info, what=what, hidden_size=hidden_size)
+            tensors = {name: _array(stream.fileno(), tensor) for name, tensor in header.tensors.items()}
+        _check_metadata(header, what=what)
+        _check_values(tensors, what=what)
+        return cls(info=info, tensors=tensors)
+
+
+def _array(descriptor: int, tensor: StoredTensor) -> NDArray[np.floating]:
+    import os
+
+    import numpy as np
+
+    data = os.pread(descriptor, tensor.nbytes, tensor.start)
+    dtype = {"F32": "<f4", "F64": "<f8"}[tensor.dtype]
+    return np.frombuffer(data, dtype=dtype).reshape(tensor.shape)
+
+
+def _check_metadata(header: Header, *, what: str) -> None:
+    if set(header.metadata) - {"format"}:
+        raise AdmissionError(
+            f"{what} carries metadata {sorted(header.metadata)}; only 'format' is allowed. Save it without it."
+        )
+
+
+def _expected(info: RoutingInfo, hidden_size: int) -> dict[str, TensorSpec]:
+    expected = {}
+    if info.embedding:
+        expected["embedding"] = TensorSpec(dtype="F32", shape=(info.embedding.dim,))
+    for layer in info.rows.layers if info.rows else ():
+        expected[f"row.{layer}.weight"] = TensorSpec(dtype="F32", shape=(hidden_size,))
+        if info.rows and info.rows.has_bias:
+            expected[f"row.{layer}.bias"] = TensorSpec(dtype="F32", shape=(1,))
+    if info.statistics:
+        expected["statistics.count"] = TensorSpec(dtype="F64", shape=(1,))
+        expected["statistics.sum"] = TensorSpec(dtype="F64", shape=(hidden_size,))
+        expected["statistics.scatter"] = TensorSpec(dtype="F64", shape=(hidden_size, hidden_size))
+    return expected
+
+
+def _check_schema(
+    tensors: Mapping[str, TensorSpec], info: RoutingInfo, *, what: str, hidden_size: int | None
+) -> None:
+    from experts.schema import compare_schema
+
+    if hidden_size is None:
+        hidden_size = _width(tensors)
+    problems = compare_schema(tensors, _expected(info, hidden_size))
+    if problems:
+        raise AdmissionError(f"{what} does not hold what it declares:", problems=capped(problems))
+
+
+def _width(tensors: Mapping[str, TensorSpec]) -> int:
+    """Take the width from the first tensor that has it; the others are then held to it."""
+    for name, spec in tensors.items():
+        if name == "statistics.sum" or name.endswith(".weight"):
+            return spec.shape[0] if spec.shape else 1
+    return 1
+
+
+def _check_values(tensors: Mapping[str, NDArray[np.floating]], *, what: str) -> None:
+    import numpy as np
+
+    problems = [
+        f"tensor '{name}': holds NaN or infinity; every value must be finite"
+        for name, array in tensors.items()
+        if not np.isfinite(array).all()
+    ]
+    problems = problems or [text for name, array in tensors.items() for text in _bounds(name, array)]
+    if not problems and "statistics.count" in tensors:
+        problems = _statistics_problems(tensors)
+    if problems:
+        raise AdmissionError(f"{what} holds values that are not allowed:", problems=capped(problems))
+
+
+def _bounds(name: str, array: NDArray[np.floating]) -> list[str]:
+    import numpy as np
+
+    if name == "embedding":
+        largest = float(np.abs(array).max())
+        if not 0 < largest <= MAX_EMBEDDING:
+            return [
+                f"tensor 'embedding': largest magnitude {largest:.3g}; more than 0 and at most "
+                f"{MAX_EMBEDDING:g} is allowed"
+            ]
+    elif name.endswith(".bias"):
+        value = float(array[0])
+        if not -MAX_BIAS <= value <= 0:
+            return [f"tensor '{name}': {value:g}; an owner's router bias must lie in [{-MAX_BIAS:g}, 0]"]
+    elif name.startswith("row."):
+        rms = math.sqrt(float(np.square(array, dtype=np.float64).mean()))
+        if rms > MAX_ROW_RMS:
+            return [f"tensor '{name}': root mean square {rms:.3g}; at most {MAX_ROW_RMS:g} is allowed"]
+    return []
+
+
+def _statistics_problems(tensors: Mapping[str, NDArray[np.floating]]) -> list[str]:
+    """Check what must hold of any n, Σx, Σxxᵀ; a full eigenvalue check would take minutes at width 4096."""
+    import numpy as np
+
+    count = float(tensors["statistics.count"][0])
+    total, scatter = tensors["statistics.sum"], tensors["statistics.scatter"]
+    if count < 1 or count > 1e15:
+        return [f"tensor 'statistics.count': {count:g}; a number of tokens between 1 and 1e15 is needed"]
+    diagonal = np.diagonal(scatter)
+    slack = 1e-6 * float(np.abs(diagonal).max())
+    problems = []
+    if not np.allclose(scatter, scatter.T, rtol=0, atol=slack):
+        problems.append("tensor 'statistics.scatter': not symmetric; it must be the sum of x xᵀ")
+    if float(diagonal.min()) < 0 or float(diagonal.max()) > count * MAX_STATE**2:
+        problems.append(
+            f"tensor 'statistics.scatter': its diagonal must lie between 0 and count * {MAX_STATE**2:g}"
+        )
+    elif bool((np.square(scatter) > np.outer(diagonal, diagonal) * (1 + 1e-6) + slack**2).any()):
+        problems.append("tensor 'statistics.scatter': not positive semi-definite; it must be the sum of x xᵀ")
+    if not problems and bool((np.square(total) > count * diagonal * (1 + 1e-6) + slack).any()):
+        problems.append(
+            "tensor 'statistics.sum': too large for statistics.count and statistics.scatter; all three must "
+            "be sums over the same states"
+        )
+    return problems
