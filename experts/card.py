@@ -43,7 +43,7 @@ _FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=Fal
 
 _ABSOLUTE = re.compile(
     r"""
-    (?:^|[\s"'`(\[<=,;:])(?:/[A-Za-z0-9_.~-]+){2,}   # /home/ann, anywhere in a sentence; not https://x/y or a/b
+    (?:^|[\s"'`(\[<=,;:])(?:/[A-Za-z0-9_.~-]+){2,}   # /home/ann, also in a sentence; not https://x/y or a/b
     | ^/
     | (?:^|[\s"'`(\[<=,;:])~[A-Za-z0-9_.-]*/          # ~/data
     | (?<![A-Za-z])[A-Za-z]:[\\/]                    # C:\data
@@ -97,8 +97,9 @@ class TrainingInfo(BaseModel):
     model_config = _FROZEN
 
     method: Annotated[str, Field(min_length=1, max_length=100)]
-    tokens: Annotated[int, Field(ge=0)]
-    steps: Annotated[int, Field(ge=0)]
+    tokens: Annotated[int, Field(ge=0)] | None = None
+    """Tokens trained on, with repetition; None: not known."""
+    steps: Annotated[int, Field(ge=0)] | None = None
     seconds: Annotated[float, Field(ge=0)] | None = None
     settings: Annotated[dict[str, Scalar], Field(max_length=200)] = {}
     privacy: Privacy | None = None
@@ -232,8 +233,9 @@ class ExpertCard(BaseModel):
         card = validate(cls, value, what=what, error=CardError)
         if card.to_bytes() != data:
             raise CardError(
-                f"{what} is not in canonical form (RFC 8785): its sha256 is {hashlib.sha256(data).hexdigest()}, "
-                f"the card's digest {card.digest}. Pack the expert again instead of editing its card."
+                f"{what} is not in canonical form (RFC 8785): its sha256 is "
+                f"{hashlib.sha256(data).hexdigest()}, the card's digest {card.digest}. Pack the expert "
+                "again instead of editing its card."
             )
         return card
 

@@ -248,7 +248,7 @@ def _array(descriptor: int, tensor: StoredTensor) -> NDArray[np.floating]:
 def _check_metadata(header: Header, *, what: str) -> None:
     if set(header.metadata) - {"format"}:
         raise AdmissionError(
-            f"{what} carries metadata {sorted(header.metadata)}; only 'format' is allowed. Save it without it."
+            f"{what} carries metadata {sorted(header.metadata)}; only 'format' is allowed. Remove it."
         )
 
 

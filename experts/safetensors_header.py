@@ -1,7 +1,7 @@
 """Reading the header of a safetensors file that a stranger may have written.
 
 Stricter than the library: bounded size and count, no duplicate or odd names, no empty tensors, no holes.
-Knows the format (https://github.com/huggingface/safetensors#format); knows nothing of what the tensors are for.
+Knows the format (https://github.com/huggingface/safetensors#format); knows nothing of the tensors' use.
 """
 
 from __future__ import annotations

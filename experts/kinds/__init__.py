@@ -1,0 +1,71 @@
+"""The table of expert kinds.
+
+Names each kind and imports it on first use; other distributions add kinds through the entry-point group
+``coterie.expert_kinds``. Knows nothing of any kind in particular.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from experts.errors import AdmissionError
+from experts.plugins import PluginTable
+
+if TYPE_CHECKING:
+    from experts.kinds.kind import ExpertKind
+
+__all__ = ["KINDS", "detect_kind", "get_kind"]
+
+KINDS = PluginTable(
+    "expert kind",
+    {
+        "ffn": "experts.kinds.ffn:FFNKind",
+        "lora": "experts.kinds.lora:LoraKind",
+    },
+)
+"""Kind name to ``module:Class``."""
+
+
+@cache
+def get_kind(name: str) -> ExpertKind:
+    """Return the kind of that name.
+
+    Raises:
+        UnknownNameError: No such kind.
+    """
+    kind: ExpertKind = KINDS.load(name)()
+    return kind
+
+
+def detect_kind(folder: Path) -> ExpertKind:
+    """Return the kind whose files the folder holds.
+
+    Raises:
+        AdmissionError: None or several fit.
+    """
+    kinds = [get_kind(name) for name in KINDS]
+    fitting = [kind for kind in kinds if kind.detect(folder)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        names = " and ".join(kind.name for kind in fitting)
+        raise AdmissionError(
+            f"'{folder}' holds the files of several kinds of expert: {names}; keep one of them."
+        )
+    raise AdmissionError(
+        f"'{folder}' is not an expert folder{_hint(folder)}. Looked for:",
+        problems=[f"{kind.name}: {kind.config_file} and {kind.weights_file}" for kind in kinds],
+    )
+
+
+def _hint(folder: Path) -> str:
+    if not folder.is_dir():
+        return ": there is no such folder"
+    if (folder / "adapter_model.bin").exists():
+        return (
+            ": adapter_model.bin is a pickle, which is never read; save the adapter again with "
+            "save_pretrained(..., safe_serialization=True)"
+        )
+    return ""
