@@ -6,7 +6,8 @@ Knows which files of a model folder an anchor consists of; knows nothing of the 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Literal, Self
 
@@ -29,7 +30,7 @@ from registry.storage import Storage
 __all__ = ["Progress", "StoredBase", "StoredRouting", "add_base", "all_bases", "get_base", "set_base_routing"]
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes copied so far and the bytes in all."""
+"""Called with the bytes copied and hashed so far and the bytes in all."""
 
 _SIDE_FILES = (
     "config.json",
@@ -106,8 +107,10 @@ def add_base(storage: Storage, folder: Path, *, name: str, progress: Progress | 
         return present
     doing = f"adding the base '{name}'"
     with storage.staging(doing=doing) as staging:
-        files = _stage_files(staging, paths, progress=progress)
-        description = BaseDescription.from_folder(staging.folder)
+        # Every byte is read twice, once to copy it and once for the fingerprint.
+        meter = _Meter(progress, total=2 * sum(path.stat().st_size for path in paths))
+        files = _stage_files(staging, paths, meter=meter)
+        description = BaseDescription.from_folder(staging.folder, progress=meter.advance)
         stored = StoredBase(
             name=name,
             fingerprint=description.fingerprint,
@@ -117,6 +120,7 @@ def add_base(storage: Storage, folder: Path, *, name: str, progress: Progress | 
         )
         digest = staging.add(stored.to_bytes(), ".record.json")
         staging.publish()
+        meter.finish()
     with storage.write(doing=doing) as connection:
         if _find_base(storage, connection, name) is None:
             detail = {"fingerprint": stored.fingerprint, "record": digest}
@@ -185,7 +189,7 @@ def _find_base(storage: Storage, connection: sa.Connection, name: str) -> BaseRe
         created=row.created,
         routing=routing.info if routing else None,
         routing_sha256=routing.sha256 if routing else None,
-        describe=lambda: BaseDescription.from_json(storage.blobs.read(stored.description)),
+        describe=cache(lambda: BaseDescription.from_json(storage.blobs.read(stored.description))),
     )
 
 
@@ -223,20 +227,28 @@ def _anchor_files(folder: Path) -> list[Path]:
     return sorted(weights | beside)
 
 
-def _stage_files(staging: Staging, paths: list[Path], *, progress: Progress | None) -> tuple[FileEntry, ...]:
-    total = sum(path.stat().st_size for path in paths)
-    done = 0
+class _Meter:
+    """Adds up bytes and passes the sum on."""
 
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total)
+    def __init__(self, progress: Progress | None, *, total: int) -> None:
+        self._progress = progress
+        self._total = total
+        self._done = 0
 
+    def advance(self, count: int) -> None:
+        self._done = min(self._done + count, self._total)
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+    def finish(self) -> None:
+        self.advance(self._total - self._done)
+
+
+def _stage_files(staging: Staging, paths: Iterable[Path], *, meter: _Meter) -> tuple[FileEntry, ...]:
     entries = []
     for path in paths:
         with open_regular(path, follow_symlinks=True) as stream:
-            size, sha256 = staging.copy(stream.fileno(), path.name, progress=advance)
+            size, sha256 = staging.copy(stream.fileno(), path.name, progress=meter.advance)
         entries.append(FileEntry(path=path.name, size=size, sha256=sha256))
     return tuple(entries)
 

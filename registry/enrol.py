@@ -9,12 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import sqlalchemy as sa
-from experts.admission import check_expert, check_files
-from experts.package import read_package
 
+from experts.admission import check_expert, check_files
 from experts.card import CARD_FILE, ExpertCard, FileEntry
 from experts.errors import AdmissionError, RegistryError
 from experts.files import open_regular
+from experts.package import read_package
 from registry import index
 from registry.bases import all_bases
 from registry.blobs import Staging
@@ -41,7 +41,11 @@ def register(storage: Storage, folder: Path) -> ExpertRecord:
         # From here on the publisher's folder is not looked at again.
         summary = check_expert(staging.folder, card, base.description)
         staging.publish()
-    detail = {"card": card.digest, "base": base.name, "parameters": summary.parameters}
+    detail: dict[str, str | int] = {
+        "card": card.digest,
+        "base": base.name,
+        "parameters": summary.parameters,
+    }
     with storage.write(doing=doing) as connection:
         if not _check_against_index(connection, card):
             subject = f"{card.name}@{card.version}"

@@ -104,7 +104,7 @@ def _known_values(connection: sa.Connection, column: str) -> Iterable[str]:
         return set(connection.scalars(sa.select(index.bases.c.name)))
     values = set(connection.scalars(sa.select(_COLUMNS[column]).distinct()))
     if column == "kind":
-        from experts.kinds import kind_names
+        from experts.kinds import KINDS
 
-        values |= set(kind_names())
+        values |= set(KINDS)
     return values

@@ -87,7 +87,7 @@ class Registry:
         Args:
             folder: A model folder with ``config.json`` and safetensors; links in it are followed.
             name: What manifests will call it.
-            progress: Called with the bytes copied so far and the bytes in all.
+            progress: Called with the bytes copied and hashed so far and the bytes in all.
 
         Raises:
             AdmissionError: No checkpoint, or one whose layout is not known.
