@@ -122,7 +122,7 @@ def read_bounded(
     """
     with open_regular(path, follow_symlinks=follow_symlinks, error=error) as stream:
         size = os.fstat(stream.fileno()).st_size
-        data = b"" if size > max_bytes else b"".join(iter_chunks(stream, limit=max_bytes + 1))
+        data = b"" if size > max_bytes else b"".join(iter_chunks(stream, limit=size + 1))
     if size > max_bytes or len(data) > max_bytes:
         raise error(f"'{path}' holds {max(size, len(data)):,} bytes; at most {max_bytes:,} are allowed.")
     return data

@@ -50,7 +50,7 @@ def _nearest(word: str) -> str:
     import difflib
 
     known = {key.lower(): key for key in _licensing().known_symbols}
-    near = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.7)
     return f"; did you mean '{known[near[0]]}'?" if near else ""
 
 

@@ -283,5 +283,7 @@ def validate(
         problems = describe_mistakes(model, data, failure)
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise error(f"{what} has {count}:", problems=capped(problems)) from None
-    except (TypeError, ValueError, RecursionError) as failure:
+    except TypeError as failure:
         raise error(f"{what}: not plain data: {failure}.") from None
+    except (ValueError, RecursionError):
+        raise error(f"{what}: not plain data: a number is not finite, or the data contain themselves.") from None
