@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import sys
 import traceback
@@ -33,15 +34,16 @@ INTERRUPTED = 130
 
 TRACEBACK_VARIABLE = "COTERIE_TRACEBACK"
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_UNKNOWN_COMMAND = re.compile(r"No such command '(.*?)'[.?]")
 
-class Interrupted(Exception):
+
+class Interrupted(Exception):  # noqa: N818 - Ctrl-C is no error
     """Ctrl-C in a command that has something to say about what it left behind."""
 
 
 class NoSpaceError(CoterieError):
     """The device that holds the output is full."""
-
-    exit_code = FAILURE
 
 
 def guarded(run: Callable[[], object]) -> int:
@@ -84,7 +86,7 @@ def writing_to(target: Path, *, needed: int | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in _FULL:
             raise
         raise NoSpaceError(_no_space(error, target=target, needed=needed)) from error
 
@@ -109,13 +111,16 @@ def _free_bytes(path: Path) -> int:
 
 def _report(error: Exception) -> tuple[str, int]:
     if isinstance(error, CoterieError):
-        return f"Error: {printable(str(error), keep='\n')}", error.exit_code
+        message = printable(str(error), keep="\n")
+        return f"Error: {message}", error.exit_code
     if isinstance(error, Interrupted):
         return f"Interrupted: {error}", INTERRUPTED
     if isinstance(error, typer.Abort):
         return "Aborted.", FAILURE
     if isinstance(error, typer.TyperException):
         return _usage(error), error.exit_code
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return f"Error: {_no_space(error, target=None, needed=None)}", NoSpaceError.exit_code
     if isinstance(error, OSError):
         return f"Error: {_operating_system(error)}", FAILURE
     return _unexpected(error), FAILURE
@@ -133,7 +138,11 @@ def _usage(error: typer.TyperException) -> str:
 
 
 def _usage_problem(error: typer.TyperException, context: Context | None) -> str:
+    """Say what was wrong; an unknown name is reported as everywhere in coterie, with the nearest and all known."""
     option = getattr(error, "option_name", None)
+    unknown = _UNKNOWN_COMMAND.match(error.format_message())
+    if unknown and isinstance(commands := getattr(getattr(context, "command", None), "commands", None), dict):
+        return str(unknown_name("command", unknown[1], commands))
     if context is not None and type(error).__name__ == "NoSuchOption" and isinstance(option, str):
         known = [name for parameter in context.command.get_params(context) for name in parameter.opts]
         return str(unknown_name("option", option, [name for name in known if name.startswith("-")]))
@@ -141,8 +150,6 @@ def _usage_problem(error: typer.TyperException, context: Context | None) -> str:
 
 
 def _operating_system(error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return _no_space(error, target=None, needed=None)
     reason = (error.strerror or str(error) or type(error).__name__).rstrip(".")
     if error.filename is None:
         return printable(f"{reason}.")

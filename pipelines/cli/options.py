@@ -5,6 +5,7 @@ Knows how to find the registry that the user means; opens it only when a command
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
@@ -20,6 +21,9 @@ __all__ = [
     "OutFolder",
     "OwnerArgument",
     "RegistryOption",
+    "complete_base",
+    "complete_expert",
+    "complete_owner",
     "examples",
     "open_registry",
 ]
@@ -37,24 +41,28 @@ def open_registry(context: typer.Context, given: Path | None) -> Registry:
     return Registry(given or context.find_root().params.get("registry"))
 
 
-def _names(context: typer.Context, incomplete: str, *, owners: bool) -> list[str]:
-    """Names from the index for the shell; anything that goes wrong only means no suggestion."""
-    try:
-        store = open_registry(context, context.params.get("registry"))
-        known = store.owners() if owners else {record.name for record in store.experts()}
-    except Exception:
-        return []
-    return sorted(name for name in known if name.startswith(incomplete))
-
-
 def complete_expert(ctx: typer.Context, incomplete: str) -> list[str]:
     """Suggest the experts of the registry."""
-    return _names(ctx, incomplete, owners=False)
+    return _suggest(ctx, incomplete, lambda store: {record.name for record in store.experts()})
 
 
 def complete_owner(ctx: typer.Context, incomplete: str) -> list[str]:
     """Suggest the owners of the registry."""
-    return _names(ctx, incomplete, owners=True)
+    return _suggest(ctx, incomplete, lambda store: store.owners())
+
+
+def complete_base(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Suggest the bases of the registry."""
+    return _suggest(ctx, incomplete, lambda store: {record.name for record in store.bases()})
+
+
+def _suggest(context: typer.Context, incomplete: str, known: Callable[[Registry], set[str]]) -> list[str]:
+    """Names from the index for the shell; anything that goes wrong only means no suggestion."""
+    try:
+        names = known(open_registry(context, context.params.get("registry")))
+    except Exception:
+        return []
+    return sorted(name for name in names if name.startswith(incomplete))
 
 
 RegistryOption: TypeAlias = Annotated[
@@ -62,9 +70,10 @@ RegistryOption: TypeAlias = Annotated[
     typer.Option(
         "--registry",
         metavar="PATH",
-        envvar="COTERIE_REGISTRY",
         file_okay=False,
-        help="The registry to use; by default the one in your user data folder.",
+        # not envvar=: the variable would then win over the option in front of the command
+        help="The registry to use; by default $COTERIE_REGISTRY, else the one in your user data folder.",
+        show_default=False,
     ),
 ]
 JsonOption: TypeAlias = Annotated[
@@ -81,7 +90,9 @@ ExpertArgument: TypeAlias = Annotated[
 ]
 OwnerArgument: TypeAlias = Annotated[
     str,
-    typer.Argument(metavar="OWNER", help="The owner's name.", autocompletion=complete_owner, show_default=False),
+    typer.Argument(
+        metavar="OWNER", help="The owner's name.", autocompletion=complete_owner, show_default=False
+    ),
 ]
 OptOutOption: TypeAlias = Annotated[
     list[str] | None,
@@ -97,8 +108,6 @@ OutFolder: TypeAlias = Annotated[
     Path,
     typer.Argument(
         metavar="OUT",
-        exists=True,
-        file_okay=False,
         help="A folder written by 'coterie build'.",
         show_default=False,
     ),

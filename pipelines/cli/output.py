@@ -11,7 +11,16 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["human_bytes", "human_count", "note", "print_fields", "print_json", "print_line", "print_table", "printable"]
+__all__ = [
+    "human_bytes",
+    "human_count",
+    "note",
+    "print_fields",
+    "print_json",
+    "print_line",
+    "print_table",
+    "printable",
+]
 
 
 def print_line(text: str = "") -> None:
@@ -53,18 +62,22 @@ def print_table(
 
 def print_fields(fields: Mapping[str, object], *, indent: int = 0) -> None:
     """Write ``key: value`` lines to stdout with the values aligned; a mapping is shown indented below its key."""
-    width = max((len(key) for key, value in fields.items() if not isinstance(value, Mapping)), default=0)
+    shown = {key: value if value != {} else None for key, value in fields.items()}
+    width = max((len(key) for key, value in shown.items() if not isinstance(value, Mapping)), default=0)
     pad = " " * indent
-    for key, value in fields.items():
+    for key, value in shown.items():
         if isinstance(value, Mapping):
-            print_line(f"{pad}{key}:" if value else f"{pad}{key}: -")
+            print_line(f"{pad}{printable(key)}:")
             print_fields(value, indent=indent + 2)
         else:
-            print_line(f"{pad}{f'{key}:':{width + 1}} {_cell(value)}".rstrip())
+            label = f"{printable(key)}:"
+            print_line(f"{pad}{label:{width + 1}} {_cell(value)}".rstrip())
 
 
 def printable(text: str, *, keep: str = "") -> str:
     """Return ``text`` with every control character written out, so that a foreign card cannot steer the terminal."""
+    if text.isprintable():
+        return text
     return "".join(
         char if char in keep or char.isprintable() else char.encode("unicode_escape").decode("ascii")
         for char in text
