@@ -1,0 +1,1 @@
+"""Expert blocks: the FFNs that a MoE layer mixes."""

@@ -1,0 +1,94 @@
+"""What one forward pass carries past the base model's own code to the expert layers.
+
+Stock decoder layers call ``mlp(hidden_states)`` and nothing else, so the allowed sets, the padding mask and the
+router's state travel in a context variable: it is per thread and per task, and there is no global to leak from
+one request into another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+
+from composer.routing.router import Router
+from composer.routing.state import RouterState
+from composer.routing.types import AllowedGroup, RoutingContext, RoutingDecision
+
+__all__ = ["RECORDER", "ForwardPass", "Recorder", "current_forward", "forward_pass"]
+
+Recorder = Callable[[int, RoutingDecision, torch.Tensor | None], None]
+
+RECORDER: ContextVar[Recorder | None] = ContextVar("composer_recorder", default=None)
+"""Who watches the decisions of this thread or task; set by `composer.trace.RoutingTrace`."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ForwardPass:
+    """The routing side of one forward pass.
+
+    Attributes:
+        groups: The batch's rows by allowed set.
+        token_mask: bool ``(batch, positions)``, False on padding, or None.
+        state: The causal context's state, or None.
+    """
+
+    groups: Sequence[AllowedGroup]
+    token_mask: torch.Tensor | None = None
+    state: RouterState | None = None
+    _decision: RoutingDecision | None = field(default=None)
+
+    def route(self, router: Router, hidden_states: torch.Tensor, *, layer: int) -> RoutingDecision:
+        """Let a router decide about ``(batch, positions, d)`` states."""
+        context = RoutingContext(
+            hidden_states=hidden_states,
+            layer=layer,
+            groups=self.groups,
+            token_mask=self.token_mask,
+            state=self.state,
+        )
+        recorder = RECORDER.get()
+        decision: RoutingDecision = router(context, trace=recorder is not None)
+        if recorder is not None:
+            recorder(layer, decision, self.token_mask)
+        return decision
+
+    def decide(self, router: Router, hidden_states: torch.Tensor, *, layer: int) -> None:
+        """Take the decision that every expert layer above follows."""
+        self._decision = self.route(router, hidden_states, layer=layer)
+
+    def decision(self) -> RoutingDecision:
+        """Return the model-wide decision."""
+        assert self._decision is not None, "the gate's layer runs below every expert layer"
+        return self._decision
+
+
+_CURRENT: ContextVar[ForwardPass | None] = ContextVar("composer_forward_pass", default=None)
+
+
+def current_forward() -> ForwardPass:
+    """Return the forward pass that is under way in this context.
+
+    Raises:
+        RuntimeError: An expert layer was called from outside of the composed model.
+    """
+    forward = _CURRENT.get()
+    if forward is None:
+        raise RuntimeError(
+            "An expert layer was called outside of a composed model's forward pass, so it does not know which "
+            "experts are allowed. Call the composed model, not the base model inside it."
+        )
+    return forward
+
+
+@contextmanager
+def forward_pass(forward: ForwardPass) -> Iterator[ForwardPass]:
+    """Make ``forward`` current for the enclosed code."""
+    token = _CURRENT.set(forward)
+    try:
+        yield forward
+    finally:
+        _CURRENT.reset(token)

@@ -1,0 +1,1 @@
+"""Layers that stand where a base model had its own FFN."""

@@ -1,0 +1,134 @@
+"""The manifest: the YAML in which a builder says which experts become one model, and how.
+
+Knows keys and their types; whether the names exist is the plan's business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from experts.errors import ManifestError
+from experts.names import check_owner_name, parse_reference
+from experts.strict import load_yaml, validate
+
+__all__ = ["ExpertEntry", "Manifest", "RouterSpec"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ExpertEntry(_Strict):
+    """One expert of a composition."""
+
+    ref: str
+    """``owner/expert``, ``owner/expert@VERSION`` or ``owner/expert@sha256:<card digest>``."""
+
+    @field_validator("ref")
+    @classmethod
+    def _well_formed(cls, ref: str) -> str:
+        try:
+            parse_reference(ref)
+        except Exception as error:
+            raise ValueError(str(error)) from None
+        return ref
+
+
+class RouterSpec(_Strict):
+    """How tokens find their experts: a context, a scorer and a selector."""
+
+    scorer: str = "lda"
+    """``lda``: solved from the owners' additive statistics, no training; ``learned``: the owners' trained rows."""
+    context: Literal["running_mean", "token"] = "running_mean"
+    """What is scored: the mean of all states up to the token, or the token's state alone."""
+    selector: str = "topk"
+    """How logits become choices."""
+    top_k: int = Field(default=2, ge=1)
+    """Experts per token, the anchor counted; fewer where fewer are allowed."""
+    normalize: bool = True
+    """Whether the chosen weights sum to 1. Only post-norm bases (OLMo-2) can do without."""
+    layer: int | None = Field(default=None, ge=0)
+    """Decoder layer whose input a model-wide scorer reads; null: where the owners took their statistics."""
+    options: dict[str, float | int | str | bool | None] = {}
+    """Settings of the scorer, for instance ``{shrinkage: 0.1}``."""
+
+
+class Manifest(_Strict):
+    """A composition as its builder wants it."""
+
+    format_version: Literal[1] = 1
+    """Version of this format."""
+    name: str
+    """Name of the composed model."""
+    recipe: str = "flexolmo"
+    """How the experts become one model."""
+    base: str
+    """Name of the public anchor in the registry."""
+    experts: tuple[ExpertEntry, ...] = Field(min_length=1)
+    """The experts, as references or as mappings with ``ref``."""
+    opt_out: tuple[str, ...] = ()
+    """Owners to leave out although their experts are listed."""
+    router: RouterSpec = RouterSpec()
+    """How tokens find their experts."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Dtype the model is loaded in unless asked otherwise; null: the anchor's own."""
+    description: str = ""
+    """Free text for the model card."""
+
+    @field_validator("experts", mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return tuple({"ref": entry} if isinstance(entry, str) else entry for entry in value)
+        return value
+
+    @field_validator("opt_out", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("opt_out")
+    @classmethod
+    def _owner_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for owner in value:
+            try:
+                check_owner_name(owner)
+            except Exception as error:
+                raise ValueError(str(error)) from None
+        return value
+
+    @classmethod
+    def from_file(cls, path: Path | str) -> Self:
+        """Read a manifest.
+
+        Raises:
+            ManifestError: The file is missing, is not plain YAML, or has mistakes; all of them are listed.
+        """
+        path = Path(path)
+        what = f"manifest {path.name}"
+        if not path.is_file():
+            raise ManifestError(f"There is no manifest at {path}.")
+        return cls.from_dict(load_yaml(path, what=what), what=what)
+
+    @classmethod
+    def from_dict(cls, data: object, *, what: str = "manifest") -> Self:
+        """Check plain data against the manifest's format; see `from_file`."""
+        if not isinstance(data, Mapping):
+            raise ManifestError(f"{what}: not a mapping; write 'name:', 'base:' and 'experts:'.")
+        return validate(cls, data, what=what)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data that `from_dict` reads back."""
+        return self.model_dump(mode="json")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, hexadecimal, of the manifest's canonical JSON."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,320 @@
+"""A composed model: the base model's own class with experts where its FFNs were.
+
+Nothing of the base model's code is copied: any decoder of `transformers` is held as it is and its FFN modules are
+replaced. This module knows ids, owners and tensors; recipes decide what is put where, `composer.loading` reads
+files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationMixin
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+
+from composer.configuration import ComposedConfig
+from composer.forward import ForwardPass, current_forward, forward_pass
+from composer.layers.moe import MoELayer
+from composer.optout import OptOut, allowed_experts
+from composer.routing.router import Router
+from composer.routing.state import RouterState, RouterStateLayer
+from composer.routing.types import AllowedGroup, group_rows
+from experts.errors import OptOutError
+
+__all__ = ["ComposedForCausalLM", "Gate", "Membership"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Membership:
+    """Who is in a loaded model.
+
+    Attributes:
+        experts: Names in canonical order; the ids are 1, 2, ...
+        owners: Owner of each expert.
+        known_owners: Every owner of the composition, those left out included.
+        digest: Identifies the base, the router and the loaded experts; caches carry it.
+        folder: The composed folder the model was loaded from, or None.
+    """
+
+    experts: tuple[str, ...] = ()
+    owners: tuple[str, ...] = ()
+    known_owners: frozenset[str] = frozenset()
+    digest: str = ""
+    folder: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gate:
+    """A model-wide router and the decoder layer whose input it scores."""
+
+    router: Router
+    layer: int
+
+
+class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """A causal language model made of one public base and any number of owners' experts.
+
+    Args:
+        config: Holds the base model's configuration.
+        base: The base model; None: one is made from the configuration, with random weights.
+        membership: Who is in the model.
+    """
+
+    config_class = ComposedConfig
+    base_model_prefix = "base"
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+
+    def __init__(
+        self,
+        config: ComposedConfig,
+        *,
+        base: nn.Module | None = None,
+        membership: Membership | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.base = base if base is not None else AutoModelForCausalLM.from_config(config.base_config)
+        self.membership = membership or Membership()
+        self.gate: Router | None = None
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any
+    ) -> ComposedForCausalLM:
+        """Load a composed folder; see `composer.loading.load` for the arguments."""
+        from composer.loading import load
+
+        for ignored in ("config", "_from_auto", "_commit_hash", "adapter_kwargs", "local_files_only"):
+            kwargs.pop(ignored, None)
+        return load(pretrained_model_name_or_path, *model_args, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """Write the composed folder of this model, without the owners that were left out at load.
+
+        Raises:
+            BuildError: The model was not loaded from a composed folder, its weights were changed since, or the
+                target exists.
+        """
+        from composer.saving import save
+
+        save(self, save_directory)
+
+    # ---------------------------------------------------------------- who is in the model
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """Names of the loaded experts; the id of the first one is 1."""
+        return self.membership.experts
+
+    @property
+    def owners_of_experts(self) -> tuple[str, ...]:
+        """Owner of each loaded expert, in the order of `expert_names`."""
+        return self.membership.owners
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """Owners with at least one loaded expert, sorted."""
+        return tuple(sorted(set(self.membership.owners)))
+
+    def install_gate(self, gate: Gate, decoder_layer: nn.Module) -> None:
+        """Let a model-wide router decide on the hidden state that enters ``decoder_layer``."""
+        self.gate = gate.router
+        self.gate_layer = gate.layer
+        decoder_layer.register_forward_pre_hook(self._run_gate, with_kwargs=True)
+
+    def _run_gate(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        assert self.gate is not None
+        current_forward().decide(self.gate, hidden_states, layer=self.gate_layer)
+
+    # ---------------------------------------------------------------- the embeddings are the base's
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the base model's input embeddings."""
+        return self.base.get_input_embeddings()  # type: ignore[no-any-return,operator]
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """Return the base model's output embeddings."""
+        return self.base.get_output_embeddings()  # type: ignore[no-any-return,operator]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Leave weights as they are: the base initialises its own and experts are read from files."""
+
+    # ---------------------------------------------------------------- running it
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        opt_out: OptOut | None = None,
+        allowed: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Run the model.
+
+        Args:
+            input_ids: int64 ``(batch, positions)``.
+            attention_mask: ``(batch, past + positions)``, 0 on padding.
+            position_ids: As the base model takes them.
+            past_key_values: A cache that this model filled under the same allowed sets, or an empty one.
+            inputs_embeds: ``(batch, positions, d)`` instead of ids.
+            labels: int64 ``(batch, positions)``, -100 where no loss is wanted.
+            use_cache: Whether to return a cache.
+            logits_to_keep: As the base model takes it.
+            opt_out: Owners to leave out: a set for the whole batch or one set per row.
+            allowed: bool ``(batch, num_experts + 1)``, the same as a mask of expert ids (what ``generate`` passes).
+            kwargs: Passed to the base model.
+
+        Returns:
+            The base model's output.
+
+        Raises:
+            OptOutError: The cache was filled under other allowed sets, or ``opt_out`` does not fit the batch.
+            UnknownNameError: ``opt_out`` names an owner who is not in this composition.
+        """
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        assert tokens is not None, "forward needs input_ids or inputs_embeds"
+        mask = self._allowed(opt_out, allowed, batch=tokens.shape[0])
+        state = self._state(past_key_values, mask)
+        routing = ForwardPass(
+            groups=self._groups(mask),
+            token_mask=_token_mask(attention_mask, length=tokens.shape[1]),
+            state=state,
+        )
+        with forward_pass(routing):
+            output: CausalLMOutputWithPast = self.base(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                **kwargs,
+            )
+        if isinstance(output.past_key_values, Cache):
+            _attach(output.past_key_values, state)
+        return output
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        *args: Any,
+        opt_out: OptOut | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate text as any `transformers` model does, leaving owners out per row.
+
+        Args:
+            inputs: int64 ``(batch, positions)``; also accepted as ``input_ids`` or ``inputs_embeds``.
+            args: Passed to `transformers.GenerationMixin.generate`.
+            opt_out: Owners to leave out: a set for the whole batch or one set per row.
+            kwargs: Passed to `transformers.GenerationMixin.generate`.
+
+        Raises:
+            OptOutError: ``past_key_values`` was filled under other allowed sets.
+            UnknownNameError: ``opt_out`` names an owner who is not in this composition.
+        """
+        given = inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        batch = 1 if given is None else given.shape[0]
+        # a tensor, so that beams and return sequences expand it together with the rows
+        kwargs["allowed"] = self._allowed(opt_out, kwargs.get("allowed"), batch=batch)
+        return super().generate(inputs, *args, **kwargs)
+
+    def _allowed(self, opt_out: OptOut | None, allowed: torch.Tensor | None, *, batch: int) -> torch.Tensor:
+        members = self.membership
+        if opt_out is not None and allowed is not None:
+            raise OptOutError("Give either opt_out or allowed, not both.")
+        if allowed is None:
+            return allowed_experts(
+                () if opt_out is None else opt_out,
+                batch=batch,
+                owners=members.owners,
+                known=members.known_owners,
+            )
+        if allowed.shape != (batch, len(members.experts) + 1):
+            raise OptOutError(
+                f"allowed has shape {tuple(allowed.shape)}; it must be (batch, experts + 1) = "
+                f"({batch}, {len(members.experts) + 1}), the anchor first."
+            )
+        return allowed.to("cpu", torch.bool)
+
+    def _groups(self, mask: torch.Tensor) -> Sequence[AllowedGroup]:
+        groups = group_rows(mask)
+        device = self.device
+        return [
+            group if group.rows is None else AllowedGroup(experts=group.experts, rows=group.rows.to(device))
+            for group in groups
+        ]
+
+    def _state(self, cache: Cache | None, mask: torch.Tensor) -> RouterState:
+        """Return the state to continue from, or a fresh one for an empty or absent cache."""
+        fresh = RouterState(composition=self.membership.digest, allowed=mask)
+        if cache is None:
+            return fresh
+        held = _held_state(cache)
+        if int(cache.get_seq_length()) == 0:
+            if held is not None:  # reset by its user: the layer stays, the set may change
+                held.composition, held.allowed = fresh.composition, fresh.allowed
+                held.sums.clear()
+                held.counts.clear()
+                return held
+            return fresh
+        if held is None:
+            raise OptOutError(
+                "This cache was not filled by a composed model, so nothing tells which experts wrote it. Start "
+                "with an empty cache."
+            )
+        held.check(composition=self.membership.digest, allowed=mask)
+        return held
+
+
+def _held_state(cache: Cache) -> RouterState | None:
+    for layer in reversed(cache.layers):
+        if isinstance(layer, RouterStateLayer):
+            return layer.state
+    return None
+
+
+def _attach(cache: Cache, state: RouterState) -> None:
+    """Put the state behind the attention layers, once they all exist."""
+    if _held_state(cache) is None:
+        first = cache.layers[0] if cache.layers else None
+        # mask functions look for the first layer of a kind: never let that be this one
+        sliding = bool(getattr(first, "is_sliding", False))
+        cache.layers.append(RouterStateLayer(state, is_sliding=sliding))
+
+
+def _token_mask(attention_mask: Any, *, length: int) -> torch.Tensor | None:
+    """Return True on real tokens for the last ``length`` positions; None if nothing is padded."""
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        return None
+    return attention_mask[:, -length:].to(torch.bool)
+
+
+def replace_ffn(base: nn.Module, name: str, layer: MoELayer) -> None:
+    """Put a MoE layer where the module ``name`` of the base model is."""
+    parent, _, attribute = name.rpartition(".")
+    setattr(base.get_submodule(parent), attribute, layer)
+
+
+def decoder_layer(base: nn.Module, prefix: str, index: int) -> nn.Module:
+    """Return the decoder layer ``prefix.index`` of a base model."""
+    return base.get_submodule(f"{prefix}.{index}")

@@ -1,0 +1,75 @@
+"""The model card of a composed folder: what it is made of, whose it is and how to leave somebody out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from composer.lock import Lock
+
+__all__ = ["write_model_card"]
+
+
+def write_model_card(path: Path, lock: Lock, *, description: str = "") -> None:
+    """Write ``README.md``.
+
+    Args:
+        path: The file.
+        lock: What the folder is made of.
+        description: The builder's own words.
+    """
+    path.write_text(_text(lock, description), encoding="utf-8")
+
+
+def _text(lock: Lock, description: str) -> str:
+    example = lock.owners[0] if lock.owners else "owner"
+    licenses = sorted({expert.license for expert in lock.experts})
+    rows = "\n".join(
+        f"| {e.name} | {e.version} | {e.owner} | {e.domain} | {e.license} | {e.kind} | {e.parameters:,} "
+        f"| `{e.digest[:12]}` |"
+        for e in lock.experts
+    )
+    return f"""---
+library_name: coterie
+base_model: {json.dumps(lock.base.name)}
+tags: [coterie, mixture-of-experts]
+---
+
+# {lock.name}
+
+{description or f"A composition of {len(lock.experts)} experts around the public base '{lock.base.name}'."}
+
+Recipe `{lock.recipe}`, router `{lock.router.scorer}` over `{lock.router.context}`, top-{lock.router.top_k}. Base
+fingerprint `{lock.base.fingerprint}`.
+
+| expert | version | owner | domain | licence | kind | parameters | card |
+|---|---|---|---|---|---|---|---|
+{rows}
+
+Licences of the parts: {", ".join(licenses)}; the base has its own. They hold side by side.
+
+## Leaving an owner out
+
+Class `{lock.optout_class}`: {_promise(lock)}
+
+```python
+import composer.hf
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(".", opt_out={{"{example}"}})
+```
+
+Weights and routing artefacts are functions of their owners' data. Keeping the data apart is not a proof that
+nothing of them can be learned from this model.
+"""
+
+
+def _promise(lock: Lock) -> str:
+    if lock.optout_class == "exact":
+        return (
+            "no file here mixes owners. Leaving one out gives the model that was never composed with them; "
+            "`coterie verify-optout` proves it."
+        )
+    if lock.optout_class == "recompose":
+        return "some files mix owners; leaving one out rebuilds them from the others' sources, or is refused."
+    return "parts were trained jointly; leaving one out needs a state from before they joined."

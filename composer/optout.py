@@ -1,0 +1,81 @@
+"""Turns what a request says about owners into the rows of allowed experts.
+
+Knows owner names and expert ids; knows nothing of tensors' meaning or of consent records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from experts.errors import OptOutError
+from experts.names import unknown_name
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["OptOut", "allowed_experts", "check_owners", "owners_per_row"]
+
+OptOut = Collection[str] | Sequence[Collection[str]]
+"""Owners to leave out: one collection of names for the whole batch, or one collection per row."""
+
+
+def check_owners(owners: Iterable[str], known: Collection[str]) -> frozenset[str]:
+    """Return the owners as a set.
+
+    Raises:
+        UnknownNameError: One of them has no expert in this composition; an opt-out is never ignored silently.
+    """
+    names = frozenset(owners)
+    for owner in sorted(names):
+        if owner not in known:
+            raise unknown_name("owner", owner, known)
+    return names
+
+
+def owners_per_row(opt_out: OptOut, *, batch: int, known: Collection[str]) -> list[frozenset[str]]:
+    """Spell an opt-out out for every row of a batch.
+
+    Args:
+        opt_out: ``{"acme"}`` for every row, or ``[{"acme"}, set()]`` with one collection per row.
+        batch: Number of rows.
+        known: Owners of the composition.
+
+    Raises:
+        OptOutError: A bare string, or another number of collections than rows.
+        UnknownNameError: An owner who has no expert in this composition.
+    """
+    if isinstance(opt_out, str):
+        raise OptOutError(
+            f"opt_out is the string '{opt_out}'. Write {{'{opt_out}'}} for every row or a list with one set per row."
+        )
+    entries = list(opt_out)
+    if all(isinstance(entry, str) for entry in entries):
+        owners = check_owners(entries, known)  # type: ignore[arg-type]
+        return [owners] * batch
+    if any(isinstance(entry, str) for entry in entries) or len(entries) != batch:
+        raise OptOutError(
+            f"opt_out has {len(entries)} entries for {batch} rows. Give one collection of owner names per row, or "
+            "one set of names for the whole batch."
+        )
+    return [check_owners(entry, known) for entry in entries]
+
+
+def allowed_experts(
+    opt_out: OptOut, *, batch: int, owners: Sequence[str], known: Collection[str]
+) -> torch.Tensor:
+    """Build the mask of allowed experts.
+
+    Args:
+        opt_out: See `owners_per_row`.
+        batch: Number of rows.
+        owners: Owner of each loaded expert, in canonical order (ids 1, 2, ...).
+        known: Owners of the composition, those left out at load included.
+
+    Returns:
+        bool ``(batch, len(owners) + 1)``; column 0, the anchor, is always True.
+    """
+    import torch
+
+    rows = owners_per_row(opt_out, batch=batch, known=known)
+    return torch.tensor([[True, *(owner not in row for owner in owners)] for row in rows])

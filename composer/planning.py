@@ -1,0 +1,253 @@
+"""The plan: a manifest resolved against a registry, checked and costed before a byte is written.
+
+Pure: it reads the registry and returns a value that can be printed. Knows names, sizes and terms; opens no tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from composer.lock import OptOutClass
+from composer.manifest import Manifest
+from composer.recipes import RECIPES
+from composer.recipes.base import Candidate, Recipe
+from experts.base import BaseDescription
+from experts.card import ExpertCard
+from experts.errors import ConsentError, CoterieError, PlanError
+from experts.kinds import get_kind
+from experts.names import unknown_name
+
+if TYPE_CHECKING:
+    from composer.source import Source
+    from registry.records import BaseRecord, ExpertRecord
+
+__all__ = ["Plan", "PlannedExpert", "plan"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedExpert:
+    """One expert as it will be composed.
+
+    Attributes:
+        record: Its line in the registry.
+        card: Its card.
+    """
+
+    record: ExpertRecord
+    card: ExpertCard
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row that tables show."""
+        return {
+            "name": self.card.name,
+            "version": self.card.version,
+            "owner": self.card.owner,
+            "domain": self.card.domain,
+            "license": self.card.license,
+            "kind": self.card.kind,
+            "layers": list(self.card.layers),
+            "rank": self.card.rank,
+            "parameters": self.record.parameters,
+            "bytes": self.record.bytes,
+            "digest": self.record.digest,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What `composer.building.build` will write.
+
+    Attributes:
+        manifest: The builder's wish.
+        base: The anchor.
+        experts: In canonical order, which is by name.
+        left_out: Experts that the manifest's ``opt_out`` removed.
+        optout_class: What opting out of the result can mean.
+        parameters_total: Of the anchor and all experts.
+        parameters_active: That one token meets at most.
+        bytes: Of all files, linked or copied.
+        flops_per_token: Two per active weight of a matrix product; attention over the context not counted.
+        warnings: What the builder should know.
+    """
+
+    manifest: Manifest
+    base: BaseRecord
+    experts: tuple[PlannedExpert, ...]
+    left_out: tuple[str, ...]
+    optout_class: OptOutClass
+    parameters_total: int
+    parameters_active: int
+    bytes: int
+    flops_per_token: int
+    warnings: tuple[str, ...]
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """Owners of the experts, sorted."""
+        return tuple(sorted({expert.card.owner for expert in self.experts}))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for printing and ``--json``."""
+        return {
+            "name": self.manifest.name,
+            "recipe": self.manifest.recipe,
+            "base": {
+                "name": self.base.name,
+                "fingerprint": self.base.fingerprint,
+                "bytes": sum(entry.size for entry in self.base.files),
+            },
+            "router": self.manifest.router.model_dump(mode="json"),
+            "experts": [expert.to_dict() for expert in self.experts],
+            "owners": list(self.owners),
+            "left_out": list(self.left_out),
+            "optout_class": self.optout_class,
+            "parameters_total": self.parameters_total,
+            "parameters_active": self.parameters_active,
+            "bytes": self.bytes,
+            "flops_per_token": self.flops_per_token,
+            "warnings": list(self.warnings),
+        }
+
+
+def plan(manifest: Manifest, registry: Source) -> Plan:
+    """Resolve and check a manifest.
+
+    Args:
+        manifest: The builder's wish.
+        registry: Where its names are looked up.
+
+    Raises:
+        PlanError: Everything that stands in the way, at once.
+        ConsentError: The manifest names experts of an owner who has opted out.
+    """
+    recipe: Recipe = RECIPES.load(manifest.recipe)()
+    base = registry.base(manifest.base)
+    wanted, left_out = _resolve(manifest, registry)
+    _check_consent(wanted, registry)
+    experts = tuple(sorted(wanted, key=lambda expert: expert.card.name))
+    if not experts:
+        raise PlanError(
+            f"Manifest '{manifest.name}': opt_out leaves no expert ({', '.join(left_out)}). Use the base "
+            f"'{base.name}' itself, or leave fewer owners out."
+        )
+    cards = [expert.card for expert in experts]
+    problems = [*_base_problems(base, cards), *_duplicates(cards)]
+    description = base.description
+    if not problems:
+        candidates = [_candidate(expert, description, registry) for expert in experts]
+        problems = recipe.problems(
+            router=manifest.router, base=description, public=base.routing, experts=candidates
+        )
+    if problems:
+        raise PlanError(f"Manifest '{manifest.name}' cannot be composed:", problems=problems)
+    active = recipe.active_experts(router=manifest.router, experts=cards)
+    return Plan(
+        manifest=manifest,
+        base=base,
+        experts=experts,
+        left_out=left_out,
+        optout_class=recipe.optout_class,
+        warnings=tuple(_warnings(manifest, experts)),
+        **_costs(base, description, experts, active),
+    )
+
+
+def _resolve(manifest: Manifest, registry: Source) -> tuple[list[PlannedExpert], tuple[str, ...]]:
+    """Look every reference up; collect all mistakes before failing."""
+    experts, left_out, problems = [], [], []
+    owners = set()
+    for position, entry in enumerate(manifest.experts):
+        try:
+            record = registry.expert(entry.ref)
+        except CoterieError as error:
+            problems.append(f"experts[{position}]: {error}")
+            continue
+        owners.add(record.owner)
+        if record.owner in manifest.opt_out:
+            left_out.append(record.name)
+        else:
+            experts.append(PlannedExpert(record=record, card=registry.card(record)))
+    for owner in manifest.opt_out:
+        if owner not in owners and not problems:
+            problems.append(f"opt_out: {unknown_name('owner', owner, owners)}")
+    if problems:
+        raise PlanError(f"Manifest '{manifest.name}' cannot be composed:", problems=problems)
+    return experts, tuple(sorted(left_out))
+
+
+def _check_consent(experts: Sequence[PlannedExpert], registry: Source) -> None:
+    opted_out = {entry.owner: entry for entry in registry.opt_outs()}
+    problems = []
+    for expert in experts:
+        entry = opted_out.get(expert.card.owner)
+        if entry is not None:
+            problems.append(
+                f"{expert.card.name}: {entry.owner} opted out on {entry.when} (recorded by {entry.who}): "
+                f"{entry.reason}"
+            )
+    if problems:
+        raise ConsentError(
+            "The manifest names experts of owners who have opted out. Remove them, or list the owners under "
+            "'opt_out':",
+            problems=problems,
+        )
+
+
+def _candidate(expert: PlannedExpert, description: BaseDescription, registry: Source) -> Candidate:
+    """Resolve the expert's configuration on the base."""
+    kind = get_kind(expert.card.kind)
+    config = kind.read_config(registry.files(expert.record)[kind.config_file])
+    return Candidate(card=expert.card, ffn_only=kind.resolve(config, description).ffn_only)
+
+
+def _base_problems(base: BaseRecord, cards: Sequence[ExpertCard]) -> list[str]:
+    return [
+        f"{card.name} was trained on another anchor: '{card.base.name}' with fingerprint "
+        f"{card.base.fingerprint}; this composition's is '{base.name}' with {base.fingerprint}"
+        for card in cards
+        if card.base.fingerprint != base.fingerprint
+    ]
+
+
+def _duplicates(cards: Sequence[ExpertCard]) -> list[str]:
+    names = [card.name for card in cards]
+    return [f"{name} is listed more than once" for name in sorted({n for n in names if names.count(n) > 1})]
+
+
+def _warnings(manifest: Manifest, experts: Sequence[PlannedExpert]) -> list[str]:
+    found = []
+    if manifest.router.top_k > len(experts) + 1:
+        found.append(
+            f"router.top_k is {manifest.router.top_k}; with {len(experts)} experts and the anchor every token "
+            f"uses all {len(experts) + 1}."
+        )
+    return found
+
+
+def _costs(
+    base: BaseRecord, description: BaseDescription, experts: Sequence[PlannedExpert], active: int
+) -> dict[str, int]:
+    """Count parameters, bytes and FLOPs, taking the ``active`` largest experts for the active ones."""
+    anchor = sum(math.prod(spec.shape) for spec in description.tensors.values())
+    sizes = sorted(expert.record.parameters for expert in experts)
+    most = sum(sizes[len(sizes) - active :])
+    embedding = _lookup_only(description)
+    return {
+        "parameters_total": anchor + sum(expert.record.parameters for expert in experts),
+        "parameters_active": anchor + most,
+        "bytes": sum(entry.size for entry in base.files) + sum(e.record.bytes for e in experts),
+        "flops_per_token": 2 * (anchor + most - embedding),
+    }
+
+
+def _lookup_only(description: BaseDescription) -> int:
+    """Count the input embedding's weights, unless it doubles as the output matrix."""
+    config: Mapping[str, object] = description.config
+    inner = config.get("text_config")
+    decoder = inner if isinstance(inner, dict) else config
+    vocab = decoder.get("vocab_size")
+    tied = not any(name.endswith(("lm_head.weight", "embed_out.weight")) for name in description.tensors)
+    return 0 if tied or not isinstance(vocab, int) else vocab * description.hidden_size

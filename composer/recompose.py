@@ -1,0 +1,68 @@
+"""Composes a folder again from its own files, with other owners: what opting out is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from composer.building import build
+from composer.manifest import ExpertEntry, Manifest
+from composer.planning import plan
+from composer.source import FolderSource
+
+__all__ = ["recompose"]
+
+
+def recompose(
+    folder: Path,
+    out: Path,
+    *,
+    without: Collection[str] = (),
+    opt_out: Collection[str] = (),
+) -> Path:
+    """Plan and build anew.
+
+    Args:
+        folder: A composed folder, the source of every file.
+        out: The new folder.
+        without: Owners whom the new manifest does not mention.
+        opt_out: Owners whom the new manifest lists and opts out.
+
+    Returns:
+        ``out``. Where nobody is left, the base stands in it alone, with an empty composition.
+    """
+    source = FolderSource(folder)
+    kept = [e for e in source.lock.experts if e.owner not in without]
+    if all(e.owner in opt_out for e in kept):
+        return _base_alone(source, out)
+    manifest = Manifest(
+        name=source.lock.name,
+        recipe=source.lock.recipe,
+        base=source.lock.base.name,
+        experts=tuple(ExpertEntry(ref=f"{e.name}@sha256:{e.digest}") for e in kept),
+        opt_out=tuple(sorted(opt_out)),
+        router=source.lock.router,
+        dtype=source.lock.dtype,  # type: ignore[arg-type]
+    )
+    return build(plan(manifest, source), out, registry=source)
+
+
+def _base_alone(source: FolderSource, out: Path) -> Path:
+    """Write the composition of nobody: a composed folder whose lock lists no expert."""
+    import shutil
+
+    from composer.building import link_file, new_folder
+    from composer.lock import LOCK_NAME
+
+    with new_folder(out) as staging:
+        for path in sorted(source.folder.rglob("*")):
+            name = path.relative_to(source.folder)
+            if path.is_file() and name.parts[0] != "experts" and name.name != LOCK_NAME:
+                (staging / name).parent.mkdir(parents=True, exist_ok=True)
+                if name.name in ("config.json", "README.md"):
+                    shutil.copyfile(path, staging / name)
+                else:
+                    link_file(path, staging / name)
+        lock = source.lock.without(source.lock.owners)
+        (staging / LOCK_NAME).write_bytes(lock.to_bytes())
+    return out

@@ -1,0 +1,1 @@
+"""Routing: contexts, scorers and selectors, and what passes between a model and its router."""

@@ -1,0 +1,66 @@
+"""Which positions a scorer looks at: the token alone, or the running mean of everything up to it.
+
+A context is causal: position ``t`` sees positions ``<= t``. It turns per-token features into the features that
+are scored, together with the number of positions behind each of them.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from composer.routing.state import RouterState
+
+__all__ = ["CONTEXTS", "ContextName", "running_mean", "token"]
+
+ContextName = Literal["running_mean", "token"]
+CONTEXTS: tuple[ContextName, ...] = ("running_mean", "token")
+
+
+def token(features: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score every token by itself.
+
+    Args:
+        features: ``(batch, positions, d)``.
+
+    Returns:
+        The features as they came and counts of 1, float32 ``(batch, positions)``.
+    """
+    return features, features.new_ones(features.shape[:2], dtype=torch.float32)
+
+
+def running_mean(
+    features: torch.Tensor,
+    *,
+    layer: int,
+    token_mask: torch.Tensor | None,
+    state: RouterState | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score the mean of all features up to and including each position, padding left out.
+
+    Args:
+        features: ``(batch, positions, d)``; summed in float32.
+        layer: Key of the sums inside ``state``.
+        token_mask: bool ``(batch, positions)`` or None.
+        state: Continues from, and is advanced by, this call; None starts from nothing.
+
+    Returns:
+        Means, float32 ``(batch, positions, d)``, and counts, float32 ``(batch, positions)`` (at least 1).
+    """
+    values = features.float()
+    if token_mask is None:
+        ones = values.new_ones(values.shape[:2])
+    else:
+        ones = token_mask.to(values.dtype)
+        # where, not a product: a padded position may hold anything
+        values = torch.where(token_mask.unsqueeze(-1), values, 0.0)
+    sums, counts = values.cumsum(dim=1), ones.cumsum(dim=1)
+    if state is not None:
+        if layer in state.sums:
+            sums = sums + state.sums[layer].unsqueeze(1)
+            counts = counts + state.counts[layer].unsqueeze(1)
+        state.sums[layer] = sums[:, -1].detach()
+        state.counts[layer] = counts[:, -1].detach()
+    counts = counts.clamp(min=1.0)
+    return sums / counts.unsqueeze(-1), counts

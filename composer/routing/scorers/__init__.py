@@ -1,0 +1,16 @@
+"""The table of scorers; the code is imported on demand."""
+
+from __future__ import annotations
+
+from experts.plugins import PluginTable
+
+__all__ = ["SCORERS"]
+
+SCORERS = PluginTable(
+    "scorer",
+    {
+        "lda": "composer.routing.scorers.lda:LDAScorer",
+        "learned": "composer.routing.scorers.learned:LearnedScorer",
+    },
+)
+"""name -> class. Others register theirs as an entry point of the group ``coterie.scorers``."""

@@ -1,0 +1,189 @@
+"""A training-free gate from additive statistics: linear discriminant analysis over the owners' hidden states.
+
+Every owner publishes ``(n, sum x, sum x x^T)`` of the states that enter the first expert layer; public text is a
+class of its own. The gate of a set of owners is solved from their statistics alone, in canonical order and
+float64, so leaving an owner out gives, bit for bit, the gate of a composition they never joined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+
+from composer.routing.scorers.base import Scorer, ScorerInputs, ScorerOptions
+from composer.routing.types import ANCHOR
+from experts.routing_artifacts import RoutingInfo, Statistics
+
+__all__ = ["LDAScorer", "solve_lda"]
+
+
+def solve_lda(
+    classes: Sequence[Statistics], *, shrinkage: float = 0.1, anchor_prior: float | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Solve linear discriminants with one shared covariance.
+
+    ``S = sum_c (scatter_c - n_c m_c m_c^T) / sum_c n_c + shrinkage * (tr S / d) I``,
+    ``w_c = S^-1 m_c``, ``b_c = -m_c . w_c / 2 + log prior_c`` (Hastie, Tibshirani, Friedman, The Elements of
+    Statistical Learning, section 4.3; shrinkage towards the identity as in Friedman 1989).
+
+    Args:
+        classes: Statistics of the classes, the public one first; at least one.
+        shrinkage: Weight of the identity, relative to the mean variance; above 0.
+        anchor_prior: Prior of the first class; None: all classes alike. The others share the rest.
+
+    Returns:
+        Weights float64 ``(classes, d)`` and biases float64 ``(classes,)``.
+    """
+    d = classes[0].sum.shape[0]
+    within = np.zeros((d, d))
+    total = 0.0
+    for c in classes:
+        within += c.scatter - np.outer(c.sum, c.sum) / c.count
+        total += c.count
+    covariance = within / total
+    covariance[np.diag_indices(d)] += shrinkage * np.trace(covariance) / d
+    means = np.stack([c.sum / c.count for c in classes])
+    weights: NDArray[np.float64] = np.linalg.solve(covariance, means.T).T.astype(np.float64)
+    biases: NDArray[np.float64] = -0.5 * np.einsum("cd,cd->c", means, weights)
+    if anchor_prior is not None and len(classes) > 1:
+        rest = (1.0 - anchor_prior) / (len(classes) - 1)
+        biases += np.log([anchor_prior, *[rest] * (len(classes) - 1)])
+    return weights, biases
+
+
+class LDAOptions(ScorerOptions):
+    """Settings of the discriminant gate; see `LDAScorer`."""
+
+    shrinkage: float = Field(default=0.1, gt=0)
+    anchor_prior: float | None = Field(default=None, gt=0, lt=1)
+    temperature: float = Field(default=1.0, gt=0)
+    evidence: float = Field(default=0.0, ge=0, le=1)
+
+
+class LDAScorer(Scorer):
+    """Log-posterior of each owner's domain given the hidden states seen so far.
+
+    Args:
+        statistics: Expert id -> additive statistics; id 0 is the public text.
+        normalization: ``"rms"`` scales every token's state to unit root mean square first, as the owners did when
+            they summed. It keeps the massive activations of the first position out of the running mean.
+        shrinkage: See `solve_lda`.
+        anchor_prior: See `solve_lda`.
+        temperature: Divides the logits.
+        evidence: Exponent ``a`` of the number of positions ``t`` seen: logits are multiplied by ``t ** a``. 0 takes
+            the mean at face value; 1 would treat positions as independent (naive Bayes).
+    """
+
+    depth = "model"
+    trainable = False
+    Options = LDAOptions
+
+    def __init__(
+        self,
+        *,
+        statistics: Mapping[int, Statistics],
+        normalization: Literal["none", "rms"] = "rms",
+        shrinkage: float = 0.1,
+        anchor_prior: float | None = None,
+        temperature: float = 1.0,
+        evidence: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.statistics = dict(statistics)
+        self.normalization = normalization
+        self.shrinkage = shrinkage
+        self.anchor_prior = anchor_prior
+        self.temperature = temperature
+        self.evidence = evidence
+        self._solved: dict[tuple[tuple[int, ...], str], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @classmethod
+    def problems(
+        cls,
+        *,
+        public: RoutingInfo | None,
+        experts: Mapping[str, tuple[RoutingInfo | None, Sequence[int]]],
+        layer: int | None,
+    ) -> list[str]:
+        """All statistics must be of one layer and one normalization, at or below every expert layer."""
+        if public is None or public.statistics is None:
+            return [
+                "the base publishes no public statistics, which are the class of text that is nobody's "
+                "(see `coterie base public-routing --help`)"
+            ]
+        at, how = public.statistics.layer, public.statistics.normalization
+        found = []
+        if layer is not None and layer != at:
+            found.append(f"router.layer is {layer}, but the statistics were taken at layer {at}")
+        for name, (info, layers) in experts.items():
+            own = None if info is None else info.statistics
+            if own is None:
+                found.append(f"{name} publishes no statistics (train it with `statistics: true`)")
+            elif (own.layer, own.normalization) != (at, how):
+                found.append(
+                    f"{name} took its statistics at layer {own.layer} with normalization '{own.normalization}', "
+                    f"the base at layer {at} with '{how}'"
+                )
+            if layers and min(layers) < at:
+                found.append(f"{name} changes layer {min(layers)}, below layer {at}, where the gate decides")
+        return found
+
+    @classmethod
+    def gate_layer(cls, *, public: RoutingInfo, layer: int | None) -> int | None:
+        """Return the layer at which the public statistics were taken."""
+        assert public.statistics is not None, "problems() was empty"
+        return public.statistics.layer
+
+    @classmethod
+    def make(cls, inputs: ScorerInputs, options: Any) -> Self:
+        """Collect the classes' statistics; gates are solved when a set of experts is first asked for."""
+        assert inputs.public.info.statistics is not None, "problems() was empty"
+        statistics = {}
+        for expert, artifacts in {ANCHOR: inputs.public, **inputs.experts}.items():
+            own = artifacts.statistics
+            assert own is not None, "problems() was empty"
+            statistics[expert] = own
+        return cls(
+            statistics=statistics,
+            normalization=inputs.public.info.statistics.normalization,
+            **options.model_dump(),
+        )
+
+    def features(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Scale each state as the statistics were scaled; float32 ``(batch, positions, d)``."""
+        states = hidden_states.float()
+        if self.normalization == "none":
+            return states
+        return states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + 1e-12)
+
+    def discriminants(
+        self, experts: Sequence[int], device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the gate of a set of experts, float32 ``(n, d)`` and ``(n,)``, solved on first use."""
+        key = (tuple(experts), str(device))
+        if key not in self._solved:
+            weights, biases = solve_lda(
+                [self.statistics[e] for e in experts],
+                shrinkage=self.shrinkage,
+                anchor_prior=self.anchor_prior,
+            )
+            self._solved[key] = (
+                torch.from_numpy(weights).to(device, torch.float32),
+                torch.from_numpy(biases).to(device, torch.float32),
+            )
+        return self._solved[key]
+
+    def forward(self, features: torch.Tensor, counts: torch.Tensor, experts: Sequence[int]) -> torch.Tensor:
+        """Score by the discriminants of exactly these experts; see `Scorer.forward`."""
+        if list(experts) == [ANCHOR]:
+            return features.new_zeros(features.shape[0], 1)
+        weights, biases = self.discriminants(experts, features.device)
+        logits = torch.addmm(biases, features, weights.T) / self.temperature
+        if self.evidence:
+            logits = logits * counts.pow(self.evidence).unsqueeze(-1)
+        return logits

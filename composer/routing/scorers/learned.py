@@ -1,0 +1,107 @@
+"""Learned rows: one vector per expert and layer, trained by its owner beside the frozen anchor's row.
+
+``s_e(h) = r_e . h + min(b_e, 0)`` with ``b = 0`` for the anchor (FlexOlmo, arXiv 2507.07024, section 3.3: the
+negative bias makes an owner's row win only where it clearly beats the public one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from composer.routing.scorers.base import Scorer, ScorerInputs, ScorerOptions
+from composer.routing.types import ANCHOR
+from experts.routing_artifacts import RoutingInfo
+
+__all__ = ["LearnedScorer"]
+
+
+class LearnedOptions(ScorerOptions):
+    """Settings of the learned rows."""
+
+    bias: bool = True
+    """Whether the owners' negative biases are used."""
+
+
+class LearnedScorer(Scorer):
+    """Dot products with the owners' rows.
+
+    Args:
+        ids: Expert ids of the rows, the anchor (0) first.
+        rows: ``(len(ids), d)``.
+        bias: ``(len(ids),)``; values above 0 count as 0, the anchor's entry is ignored.
+    """
+
+    depth = "layer"
+    trainable = True
+    Options = LearnedOptions
+
+    def __init__(self, *, ids: Sequence[int], rows: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.position = {expert: row for row, expert in enumerate(ids)}
+        self.rows = nn.Parameter(rows)
+        self.bias = None if bias is None else nn.Parameter(bias)
+
+    @classmethod
+    def problems(
+        cls,
+        *,
+        public: RoutingInfo | None,
+        experts: Mapping[str, tuple[RoutingInfo | None, Sequence[int]]],
+        layer: int | None,
+    ) -> list[str]:
+        """Every expert needs a row on each of its layers, trained beside the same frozen public row."""
+        found = []
+        if layer is not None:
+            found.append("router.layer: the learned rows score every expert layer; leave it out")
+        if public is None or public.rows is None:
+            found.append("the base publishes no public rows (see `coterie base public-routing --help`)")
+        public_layers = set() if public is None or public.rows is None else set(public.rows.layers)
+        digests = set()
+        for name, (info, layers) in experts.items():
+            if info is None or info.rows is None:
+                found.append(
+                    f"{name} publishes no router rows (train it with `coordination: {{enabled: true}}`)"
+                )
+                continue
+            digests.add(info.rows.public_digest)
+            lacking = sorted(set(layers) - set(info.rows.layers))
+            if lacking:
+                found.append(f"{name} has no router row for its layers {lacking}")
+            uncovered = sorted(set(layers) - public_layers)
+            if public_layers and uncovered:
+                found.append(f"{name} changes layers {uncovered}, for which the base publishes no public row")
+        if len(digests) > 1:
+            shown = ", ".join(sorted(str(d)[:12] for d in digests))
+            found.append(f"the experts' rows were trained beside different public rows ({shown})")
+        return found
+
+    @classmethod
+    def make(cls, inputs: ScorerInputs, options: Any) -> Self:
+        """Stack the public row and the owners' rows of one layer."""
+        sources = {ANCHOR: inputs.public, **inputs.experts}
+        pairs = [source.row(inputs.layer) for source in sources.values()]
+        rows = torch.from_numpy(np.stack([weight for weight, _ in pairs]))
+        bias = None
+        if options.bias and any(b is not None for _, b in pairs[1:]):
+            bias = torch.tensor([0.0, *(0.0 if b is None else float(b[0]) for _, b in pairs[1:])])
+            bias = bias.to(inputs.device, inputs.dtype)
+        return cls(ids=tuple(sources), rows=rows.to(inputs.device, inputs.dtype), bias=bias)
+
+    def forward(self, features: torch.Tensor, counts: torch.Tensor, experts: Sequence[int]) -> torch.Tensor:
+        """Score by dot product; see `Scorer.forward`. Rows are sliced before the product."""
+        everybody = len(experts) == self.rows.shape[0]
+        kept = [self.position[expert] for expert in experts]
+        rows = self.rows if everybody else self.rows[kept]
+        logits = F.linear(features.to(rows.dtype), rows)
+        if self.bias is None:
+            return logits
+        bias = self.bias if everybody else self.bias[kept]
+        # the anchor has no bias: it is the reference that an owner's row has to beat
+        negative = torch.cat([bias.new_zeros(1), bias[1:].clamp(max=0.0)])
+        return logits + negative

@@ -1,0 +1,128 @@
+"""What a causal routing context remembers between decoding steps, kept inside the KV cache.
+
+`RouterStateLayer` is one more layer of a `transformers` cache, so beam search reorders, repeats and resets it
+together with the keys and values. It also carries the allowed set under which the cache was filled: a cache
+holds traces of every expert that wrote it, so it is refused under any other set.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from experts.errors import OptOutError
+
+__all__ = ["RouterState", "RouterStateLayer"]
+
+
+class RouterState:
+    """Running sums per scored layer and the allowed set they belong to.
+
+    Args:
+        composition: Digest of the loaded composition (which experts, which base, which router).
+        allowed: bool ``(batch, num_experts + 1)``.
+    """
+
+    def __init__(self, *, composition: str, allowed: torch.Tensor) -> None:
+        self.composition = composition
+        self.allowed = allowed
+        self.sums: dict[int, torch.Tensor] = {}  # layer -> float32 (batch, d)
+        self.counts: dict[int, torch.Tensor] = {}  # layer -> float32 (batch,)
+
+    def check(self, *, composition: str, allowed: torch.Tensor) -> None:
+        """Raise `OptOutError` unless the cache was filled by this composition under the same allowed sets."""
+        if self.composition != composition:
+            raise OptOutError(
+                f"This cache was filled by another composition ({self.composition[:12]}, this one is "
+                f"{composition[:12]}). Start again with an empty cache."
+            )
+        if self.allowed.shape != allowed.shape or not torch.equal(self.allowed, allowed):
+            raise OptOutError(
+                "This cache was filled under another set of allowed experts, so its keys and values hold traces "
+                f"of experts that this request may not use (filled under {_describe(self.allowed)}, asked for "
+                f"{_describe(allowed)}). Start again with an empty cache."
+            )
+
+    def map(self, index: torch.Tensor) -> None:
+        """Replace the batch rows by ``rows[index]`` (int64)."""
+        self.allowed = self.allowed[index.to(self.allowed.device)]
+        for table in (self.sums, self.counts):
+            for layer, value in table.items():
+                table[layer] = value.index_select(0, index.to(value.device))
+
+
+def _describe(allowed: torch.Tensor) -> str:
+    """Write the allowed expert ids of each row, the anchor left out."""
+    rows = [[i for i, flag in enumerate(row) if flag and i > 0] for row in allowed.tolist()]
+    return str(rows if len(rows) <= 4 else [*rows[:4], "..."])
+
+
+class RouterStateLayer:
+    """The router's state dressed as a layer of a `transformers.Cache`.
+
+    It stands behind the attention layers and answers the calls that a cache makes on all of its layers.
+    """
+
+    is_compileable = False
+    is_initialized = True
+    supports_early_init = False
+    keys = None
+    values = None
+
+    def __init__(self, state: RouterState, *, is_sliding: bool) -> None:
+        self.state = state
+        self.is_sliding = is_sliding
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether positions can be taken back: running sums cannot forget, an empty state can."""
+        return not self.state.sums
+
+    def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[None, None]:
+        """Refuse keys and values: no attention layer has this index."""
+        raise IndexError("The router's state is not an attention layer of the cache.")
+
+    def offload(self) -> None:
+        """Stay where it is: the state is one vector per row."""
+
+    def prefetch(self) -> None:
+        """Stay where it is: the state is one vector per row."""
+
+    def get_max_length(self) -> int:
+        """Return -1: the state has no maximal length."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """Return -1: the state has no maximal length (the name in older releases)."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget every position."""
+        self.state.sums.clear()
+        self.state.counts.clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back positions, which a running mean cannot do.
+
+        Raises:
+            OptOutError: A causal context has already summed the positions.
+        """
+        if not self.is_croppable and tokens_to_remove != 0:
+            raise OptOutError(
+                "A running-mean context cannot take positions back (assisted decoding does). "
+                "Compose with `context: token`, or decode without an assistant."
+            )
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Follow beam search: row ``i`` becomes row ``beam_idx[i]``."""
+        self.state.map(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row ``repeats`` times."""
+        rows = torch.arange(self.state.allowed.shape[0])
+        self.state.map(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows at ``indices``."""
+        self.state.map(indices)

@@ -1,0 +1,78 @@
+"""Writes a loaded composed model back as a composed folder, without the owners that were left out.
+
+A composition's weights are its owners' published files, so saving links those files; a model whose weights were
+changed after loading has no such files and is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from composer.building import link_file, new_folder
+from composer.lock import LOCK_NAME, Lock
+from composer.model_card import write_model_card
+from experts.card import CARD_FILE
+from experts.errors import BuildError
+
+if TYPE_CHECKING:
+    from composer.model import ComposedForCausalLM
+
+__all__ = ["save"]
+
+
+def save(model: ComposedForCausalLM, out: Path | str) -> Path:
+    """Write ``out``, which must not exist; see `ComposedForCausalLM.save_pretrained`."""
+    source = model.membership.folder
+    if source is None:
+        raise BuildError(
+            "This model was not loaded from a composed folder, so there are no published files to save. Use "
+            "`coterie build`."
+        )
+    folder = Path(source)
+    _check_unchanged(model, folder)
+    lock = Lock.read(folder)
+    kept = lock.without(set(lock.owners) - set(model.owners))
+    with new_folder(Path(out)) as staging:
+        for path in sorted(folder.rglob("*")):
+            name = path.relative_to(folder).as_posix()
+            if path.is_file() and _belongs(name, kept):
+                target = staging / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                link_file(path, target)
+        (staging / LOCK_NAME).write_bytes(kept.to_bytes())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config["composition"] = kept.membership_digest
+        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_model_card(staging / "README.md", kept)
+    return Path(out)
+
+
+def _belongs(name: str, lock: Lock) -> bool:
+    if name in (LOCK_NAME, "README.md", "config.json"):
+        return False  # written anew
+    if not name.startswith("experts/"):
+        return True
+    return name in lock.lineage or name in {f"{e.folder}/{CARD_FILE}" for e in lock.experts}
+
+
+def _check_unchanged(model: ComposedForCausalLM, folder: Path) -> None:
+    """Compare every parameter with a fresh load of the same owners.
+
+    Raises:
+        BuildError: One of them differs.
+    """
+    from composer.loading import load
+
+    absent = model.membership.known_owners - set(model.owners)
+    fresh: Any = load(folder, opt_out=absent, dtype=model.dtype)
+    theirs = dict(fresh.named_parameters())
+    for name, parameter in model.named_parameters():
+        if name not in theirs or not torch.equal(parameter.detach().cpu(), theirs[name]):
+            raise BuildError(
+                f"'{name}' was changed after loading, so it is no owner's published weight and its lineage is not "
+                "known. Publish the change as an expert, or save a state dict yourself."
+            )
