@@ -99,11 +99,8 @@ def check_files(folder: Path, card: ExpertCard) -> None:
         if path not in declared and path != CARD_FILE:
             problems.append(f"{path}: {describe_mode(info.st_mode)} that the card does not list; remove it")
         else:
-            problems += [f"{path}: {problem}" for problem in _entry_problems(info)]
-    for path, entry in declared.items():
-        info_size = found[path].st_size if path in found else entry.size
-        if info_size != entry.size:
-            problems.append(f"{path}: {info_size:,} bytes, the card declares {entry.size:,}")
+            size = declared[path].size if path in declared else info.st_size
+            problems += [f"{path}: {problem}" for problem in _entry_problems(info, size=size)]
     if not problems:
         problems = _digest_problems(folder, card)
     if problems:
@@ -131,12 +128,15 @@ def _walk(folder: Path) -> dict[str, os.stat_result]:
     return found
 
 
-def _entry_problems(info: os.stat_result) -> list[str]:
+def _entry_problems(info: os.stat_result, *, size: int) -> list[str]:
     if not stat.S_ISREG(info.st_mode):
         return [f"{describe_mode(info.st_mode)}; a regular file is needed"]
+    problems = []
     if info.st_nlink != 1:
-        return [f"has {info.st_nlink} hard links; copy the file, so that nothing else can change it"]
-    return []
+        problems.append(f"has {info.st_nlink} hard links; copy the file, so that nothing else can change it")
+    if info.st_size != size:
+        problems.append(f"{info.st_size:,} bytes, the card declares {size:,}")
+    return problems
 
 
 def _digest_problems(folder: Path, card: ExpertCard) -> list[str]:

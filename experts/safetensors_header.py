@@ -116,12 +116,15 @@ def read_header_from(
     """Do the same on an open file, positioned at its beginning."""
     size = os.fstat(stream.fileno()).st_size
     length, raw = _header_bytes(stream, size=size, what=what, max_header=max_header)
+    # counted before parsing: every entry has a dtype (an escaped spelling of the key is counted below)
+    if raw.count(b'"dtype"') > max_tensors:
+        raise _too_many(what, max_tensors)
     value = load_json(raw, what=f"header of {what}", max_bytes=max_header, max_depth=4, error=AdmissionError)
     if not isinstance(value, dict):
         raise AdmissionError(f"Header of {what} is not a JSON object; write the file with safetensors.")
     metadata = _metadata(value.pop("__metadata__", {}), what=what)
     if len(value) > max_tensors:
-        raise AdmissionError(f"{what} lists {len(value):,} tensors; at most {max_tensors:,} are allowed.")
+        raise _too_many(what, max_tensors)
     problems: list[str] = []
     tensors = {}
     for name, entry in value.items():
@@ -135,6 +138,10 @@ def read_header_from(
     if problems:
         raise AdmissionError(f"{what} is not a well-formed safetensors file:", problems=capped(problems))
     return Header(tensors=ordered, metadata=metadata)
+
+
+def _too_many(what: str, max_tensors: int) -> AdmissionError:
+    return AdmissionError(f"{what} lists more than {max_tensors:,} tensors; at most that many are allowed.")
 
 
 def _header_bytes(stream: BinaryIO, *, size: int, what: str, max_header: int) -> tuple[int, bytes]:

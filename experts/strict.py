@@ -286,4 +286,6 @@ def validate(
     except TypeError as failure:
         raise error(f"{what}: not plain data: {failure}.") from None
     except (ValueError, RecursionError):
-        raise error(f"{what}: not plain data: a number is not finite, or the data contain themselves.") from None
+        raise error(
+            f"{what}: not plain data: a number is not finite, or the data contain themselves."
+        ) from None

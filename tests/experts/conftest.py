@@ -42,7 +42,7 @@ _EXTRA: dict[str, dict[str, Any]] = {
 FAMILIES = tuple(_EXTRA)
 
 
-def _model(family: str, *, seed: int = 0) -> Any:
+def _model(family: str = "llama", *, seed: int = 0) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -149,7 +149,9 @@ def packed(
 def write_raw() -> Callable[..., None]:
     """Write a safetensors file from its parts, however wrong they are."""
 
-    def write(path: Path, header: bytes | dict[str, Any], body: bytes = b"", *, length: int | None = None) -> None:
+    def write(
+        path: Path, header: bytes | dict[str, Any], body: bytes = b"", *, length: int | None = None
+    ) -> None:
         raw = header if isinstance(header, bytes) else json.dumps(header).encode()
         path.write_bytes(struct.pack("<Q", len(raw) if length is None else length) + raw + body)
 

@@ -39,7 +39,12 @@ def test_families(family: str, base: Base, make_model: Callable[..., Any]) -> No
     description = base(family)
     style, prefix, roles, bias = LAYOUT_OF[family]
     assert (description.layout.style, description.layers_prefix) == (style, prefix)
-    sizes = (description.num_layers, description.hidden_size, description.intermediate_size, description.dtype)
+    sizes = (
+        description.num_layers,
+        description.hidden_size,
+        description.intermediate_size,
+        description.dtype,
+    )
     assert sizes == (3, 32, 48, "F32")
     assert description.config["model_type"] == family
     # transformers' own modules are the oracle
@@ -77,13 +82,22 @@ def test_json_round_trip(family: str, base: Base) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"fingerprnt": "x"}, "description of the base has 1 problem:\n  - fingerprnt: unknown key; did you mean "
-         "'fingerprint'? Allowed: config, fingerprint, format_version, tensors"),
-        ({"tensors": {"a": ["F32", ["x"]]}}, "description of the base has 1 problem:\n  - tensors.a.1.0: input should "
-         "be a valid integer, given 'x'"),
-        ({"tensors": {"a": ["F3", [1]]}}, "The description of the base lists too many tensors or an unknown dtype."),
+        (
+            {"fingerprnt": "x"},
+            "description of the base has 1 problem:\n  - fingerprnt: unknown key; did you mean "
+            "'fingerprint'? Allowed: config, fingerprint, format_version, tensors",
+        ),
+        (
+            {"tensors": {"a": ["F32", ["x"]]}},
+            "description of the base has 1 problem:\n  - tensors.a.1.0: input should "
+            "be a valid integer, given 'x'",
+        ),
+        (
+            {"tensors": {"a": ["F3", [1]]}},
+            "The description of the base lists too many tensors or an unknown dtype.",
+        ),
     ],
-)  # fmt: skip
+)
 def test_broken_description(base: Base, change: dict[str, object], message: str) -> None:
     record = json.loads(base().to_json()) | change
     with pytest.raises(IntegrityError) as caught:
@@ -99,7 +113,9 @@ def oracle(folder: Path) -> str:
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 array = file.get_tensor(name)
                 digest = hashlib.sha256(array.tobytes()).hexdigest()
-                lines.append(json.dumps([name, {"float32": "F32"}[array.dtype.name], list(array.shape), digest]))
+                lines.append(
+                    json.dumps([name, {"float32": "F32"}[array.dtype.name], list(array.shape), digest])
+                )
     return hashlib.sha256("".join(f"{line}\n" for line in sorted(lines)).encode()).hexdigest()
 
 
@@ -109,7 +125,9 @@ def test_fingerprint(family: str, base: Base, base_folder: Folder) -> None:
 
 
 def test_fingerprint_of_known_bytes(tmp_path: Path) -> None:
-    save_file({"b": np.array([1, 2], np.int64), "a": np.zeros((1, 2), np.float32)}, tmp_path / "model.safetensors")
+    save_file(
+        {"b": np.array([1, 2], np.int64), "a": np.zeros((1, 2), np.float32)}, tmp_path / "model.safetensors"
+    )
     # made with sha256sum and printf; must never change, or published experts lose their base
     assert fingerprint_tensors(tmp_path) == "65abbb5fda6f02b634e06e6dcf4bc24c163426d5268df1f0ece2cd903c2a9ff6"
 
@@ -167,14 +185,20 @@ def test_shards_are_checked_against_the_index(tmp_path: Path, base_folder: Folde
 @pytest.mark.parametrize(
     ("weight_map", "message"),
     [
-        ({"a": "../x.safetensors"}, "model.safetensors.index.json lists tensor 'a' under '../x.safetensors'; a "
-         ".safetensors file in the same folder is needed."),
-        ({"a": "x.bin"}, "model.safetensors.index.json lists tensor 'a' under 'x.bin'; a .safetensors file in the "
-         "same folder is needed."),
+        (
+            {"a": "../x.safetensors"},
+            "model.safetensors.index.json lists tensor 'a' under '../x.safetensors'; a "
+            ".safetensors file in the same folder is needed.",
+        ),
+        (
+            {"a": "x.bin"},
+            "model.safetensors.index.json lists tensor 'a' under 'x.bin'; a .safetensors file in the "
+            "same folder is needed.",
+        ),
         ([], "model.safetensors.index.json has no weight_map of tensor names to file names."),
         (None, "model.safetensors.index.json has no weight_map of tensor names to file names."),
     ],
-)  # fmt: skip
+)
 def test_hostile_index(tmp_path: Path, weight_map: object, message: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(AdmissionError) as caught:
@@ -217,7 +241,9 @@ def test_base_may_be_linked(tmp_path: Path, base: Base, base_folder: Folder) -> 
 
 def specs(*names: str, shape: tuple[int, ...] = (8, 4)) -> dict[str, TensorSpec]:
     return {
-        f"{name}.weight": TensorSpec(dtype="F32", shape=shape[::-1] if "down" in name or "fc2" in name else shape)
+        f"{name}.weight": TensorSpec(
+            dtype="F32", shape=shape[::-1] if "down" in name or "fc2" in name else shape
+        )
         for name in names
     }
 
@@ -227,7 +253,9 @@ def gated(prefix: str, layers: int = 2, shape: tuple[int, ...] = (8, 4)) -> dict
     return specs(*names, shape=shape)
 
 
-@pytest.mark.parametrize("prefix", ["model.layers", "model.language_model.layers", "language_model.model.layers"])
+@pytest.mark.parametrize(
+    "prefix", ["model.layers", "model.language_model.layers", "language_model.model.layers"]
+)
 def test_prefix_is_discovered(prefix: str) -> None:
     vision = specs(*(f"vision.layers.{n}.mlp.{r}" for n in range(5) for r in ("fc1", "fc2")), shape=(6, 3))
     config = {"model_type": "x", "text_config": {"num_hidden_layers": 2, "hidden_size": 4}}
@@ -248,7 +276,9 @@ def test_two_gated_towers() -> None:
 
 
 def test_unknown_layout() -> None:
-    tensors = specs("model.layers.0.mlp.experts.0.w1", "model.layers.0.mlp.gate") | gated("other.layers", layers=3)
+    tensors = specs("model.layers.0.mlp.experts.0.w1", "model.layers.0.mlp.gate") | gated(
+        "other.layers", layers=3
+    )
     with pytest.raises(AdmissionError) as caught:
         find_layout(tensors, config={"model_type": "mixtral", "num_hidden_layers": 1, "hidden_size": 4})
     assert str(caught.value) == (

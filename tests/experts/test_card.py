@@ -127,7 +127,12 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
         ],
     ),
     "privacy": (
-        {"training": {"method": "x", "privacy": {"epsilon": -1, "delta": 2.0, "unit": "token", "accountant": "p"}}},
+        {
+            "training": {
+                "method": "x",
+                "privacy": {"epsilon": -1, "delta": 2.0, "unit": "token", "accountant": "p"},
+            }
+        },
         [
             "training.privacy.epsilon: input should be greater than 0, given -1",
             "training.privacy.delta: input should be less than 1, given 2.0",

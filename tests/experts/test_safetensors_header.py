@@ -27,9 +27,10 @@ def entry(dtype: str = "F32", shape: object = (2,), start: int = 0, end: int = 8
 
 
 BAD = "'f.safetensors' is not a well-formed safetensors file:\n  - "
-BAD_NAME = (
-    "not a tensor name; letters, digits, '_', '-' and single dots are allowed, at most 255 characters"
-)
+BAD_NAME = "not a tensor name; letters, digits, '_', '-' and single dots are allowed, at most 255 characters"
+BAD_ENTRY = "its entry must have exactly the keys data_offsets, dtype, shape"
+BAD_SHAPE = "is not a list of at most 8 whole numbers"
+BAD_METADATA = "Metadata in the header of 'f.safetensors' is not a mapping of strings to strings."
 REFUSED: dict[str, tuple[bytes | dict[str, Any], int, str]] = {
     "parent name": ({"../a": entry()}, 8, f"{BAD}tensor '../a': {BAD_NAME}"),
     "two dots": ({"a..b": entry()}, 8, f"{BAD}tensor 'a..b': {BAD_NAME}"),
@@ -44,21 +45,37 @@ REFUSED: dict[str, tuple[bytes | dict[str, Any], int, str]] = {
         f"{BAD}tensor 'a': dtype 'F4' is not one of BOOL, U8, I8, F8_E4M3, F8_E5M2, U16, I16, F16, BF16, U32, "
         "I32, F32, U64, I64, F64",
     ),
-    "keys": ({"a": {"dtype": "F32"}}, 0, f"{BAD}tensor 'a': its entry must have exactly the keys data_offsets, dtype, shape"),
-    "extra key": ({"a": entry() | {"x": 1}}, 8, f"{BAD}tensor 'a': its entry must have exactly the keys data_offsets, dtype, shape"),
-    "negative": ({"a": entry(shape=[-2])}, 8, f"{BAD}tensor 'a': shape [-2] is not a list of at most 8 whole numbers"),
-    "float shape": ({"a": entry(shape=[2.0])}, 8, f"{BAD}tensor 'a': shape [2.0] is not a list of at most 8 whole numbers"),
-    "bool shape": ({"a": entry(shape=[True])}, 8, f"{BAD}tensor 'a': shape [True] is not a list of at most 8 whole numbers"),
-    "nine dimensions": ({"a": entry(shape=[1] * 9)}, 8, f"{BAD}tensor 'a': shape [1, 1, 1, 1, 1, 1, 1, 1, 1] is not a list of at most 8 whole numbers"),
+    "keys": ({"a": {"dtype": "F32"}}, 0, f"{BAD}tensor 'a': {BAD_ENTRY}"),
+    "extra key": ({"a": entry() | {"x": 1}}, 8, f"{BAD}tensor 'a': {BAD_ENTRY}"),
+    "negative": ({"a": entry(shape=[-2])}, 8, f"{BAD}tensor 'a': shape [-2] {BAD_SHAPE}"),
+    "float shape": ({"a": entry(shape=[2.0])}, 8, f"{BAD}tensor 'a': shape [2.0] {BAD_SHAPE}"),
+    "bool shape": ({"a": entry(shape=[True])}, 8, f"{BAD}tensor 'a': shape [True] {BAD_SHAPE}"),
+    "nine dimensions": (
+        {"a": entry(shape=[1] * 9)},
+        8,
+        f"{BAD}tensor 'a': shape [1, 1, 1, 1, 1, 1, 1, 1, 1] {BAD_SHAPE}",
+    ),
     "overflow": (
         {"a": entry(shape=[1 << 40, 1 << 40], end=0)},
         0,
         f"{BAD}tensor 'a': 0 bytes for shape (1099511627776, 1099511627776) of F32, which takes "
         "4,835,703,278,458,516,698,824,704 bytes",
     ),
-    "no elements": ({"a": entry(shape=[0, 3], end=0)}, 0, f"{BAD}tensor 'a': shape (0, 3) has no elements; leave the tensor out"),
-    "offsets": ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8]}}, 8, f"{BAD}tensor 'a': data_offsets [8] are not two whole numbers"),
-    "backwards": ({"a": entry(start=8, end=0)}, 8, f"{BAD}tensor 'a': -8 bytes for shape (2,) of F32, which takes 8 bytes"),
+    "no elements": (
+        {"a": entry(shape=[0, 3], end=0)},
+        0,
+        f"{BAD}tensor 'a': shape (0, 3) has no elements; leave the tensor out",
+    ),
+    "offsets": (
+        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [8]}},
+        8,
+        f"{BAD}tensor 'a': data_offsets [8] are not two whole numbers",
+    ),
+    "backwards": (
+        {"a": entry(start=8, end=0)},
+        8,
+        f"{BAD}tensor 'a': -8 bytes for shape (2,) of F32, which takes 8 bytes",
+    ),
     "short": ({"a": entry(end=4)}, 4, f"{BAD}tensor 'a': 4 bytes for shape (2,) of F32, which takes 8 bytes"),
     "several": (
         {"../a": entry(), "b": entry("F4"), "c": entry(shape=[0], end=0)},
@@ -73,11 +90,20 @@ REFUSED: dict[str, tuple[bytes | dict[str, Any], int, str]] = {
         "header of 'f.safetensors': duplicate keys; keep one of each:\n  - key 'a' occurs 2 times",
     ),
     "list": (b"[1]", 0, "Header of 'f.safetensors' is not a JSON object; write the file with safetensors."),
-    "metadata list": ({"__metadata__": [1]}, 0, "Metadata in the header of 'f.safetensors' is not a mapping of strings to strings."),
-    "metadata number": ({"__metadata__": {"a": 1}}, 0, "Metadata in the header of 'f.safetensors' is not a mapping of strings to strings."),
-    "nested": (b'{"a":' + b"[" * 900 + b"]" * 900 + b"}", 0, "header of 'f.safetensors': nested more than 4 levels deep."),
-    "syntax": (b"{x}", 0, "header of 'f.safetensors', line 1, column 2: not valid JSON: Expecting property name enclosed in double quotes."),
-}  # fmt: skip
+    "metadata list": ({"__metadata__": [1]}, 0, BAD_METADATA),
+    "metadata number": ({"__metadata__": {"a": 1}}, 0, BAD_METADATA),
+    "nested": (
+        b'{"a":' + b"[" * 900 + b"]" * 900 + b"}",
+        0,
+        "header of 'f.safetensors': nested more than 4 levels deep.",
+    ),
+    "syntax": (
+        b"{x}",
+        0,
+        "header of 'f.safetensors', line 1, column 2: not valid JSON: Expecting property "
+        "name enclosed in double quotes.",
+    ),
+}
 
 
 @pytest.mark.parametrize(("header", "body", "message"), REFUSED.values(), ids=REFUSED)
@@ -132,23 +158,34 @@ def test_too_short(tmp_path: Path) -> None:
     path.write_bytes(b"1234567")
     with pytest.raises(AdmissionError) as caught:
         read_header(path)
-    assert str(caught.value) == "'f.safetensors' holds 7 bytes; a safetensors file starts with 8 bytes of length."
+    assert (
+        str(caught.value)
+        == "'f.safetensors' holds 7 bytes; a safetensors file starts with 8 bytes of length."
+    )
 
 
 def test_hundred_thousand_empty_tensors(tmp_path: Path, write_raw: Write) -> None:
     path = tmp_path / "f.safetensors"
-    write_raw(path, {f"t{n}": entry(shape=[0], end=0) for n in range(100_000)})
-    started = time.perf_counter()
+    empty = ",".join(f'"t{n}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for n in range(100_000))
+    write_raw(path, f"{{{empty}}}".encode())
+    started = time.process_time()
     with pytest.raises(AdmissionError) as caught:
         read_header(path)
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5
     size = path.stat().st_size - 8
     assert str(caught.value) == (
         f"'f.safetensors' declares a header of {size:,} bytes; at most 1,048,576 are allowed."
     )
     with pytest.raises(AdmissionError) as caught:
         read_header(path, max_header=16 << 20)
-    assert str(caught.value) == "'f.safetensors' lists 100,000 tensors; at most 8,192 are allowed."
+    message = "'f.safetensors' lists more than 8,192 tensors; at most that many are allowed."
+    assert str(caught.value) == message
+    # a key spelled with an escape is counted too, after parsing
+    escaped = ",".join(f'"t{n}":{{"d\\u0074ype":"F32"}}' for n in range(9_000))
+    write_raw(path, f"{{{escaped}}}".encode())
+    with pytest.raises(AdmissionError) as caught:
+        read_header(path)
+    assert str(caught.value) == message
 
 
 def test_huge_header_is_not_read(tmp_path: Path) -> None:
@@ -197,12 +234,16 @@ def test_agrees_with_the_library(tmp_path: Path, base_folder: Callable[..., Path
 
 
 _GOOD = save(
-    {"a.weight": np.ones((2, 3), np.float32), "b.weight": np.ones((4,), np.float16)}, metadata={"format": "pt"}
+    {"a.weight": np.ones((2, 3), np.float32), "b.weight": np.ones((4,), np.float16)},
+    metadata={"format": "pt"},
 )
 
 
 @settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+    max_examples=300,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    derandomize=True,
 )
 @given(st.data())
 def test_mutants_give_typed_errors_only(tmp_path: Path, data: st.DataObject) -> None:

@@ -65,8 +65,13 @@ def test_yaml_core_schema() -> None:
 
 
 _PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**12), 10**12) | st.text(st.characters(codec="ascii"), max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text("abc:-", max_size=4), inner, max_size=4),
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**12), 10**12)
+    | st.text(st.characters(codec="ascii"), max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text("abc:-", max_size=4), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 
@@ -110,7 +115,10 @@ JSON_REFUSED = {
     "deep": (b"[" * 40 + b"]" * 40, "j: nested more than 32 levels deep."),
     "very deep": (b"[" * 5000, "j: nested more than 32 levels deep."),
     "large": (b" " * 6000 + b"1", "j: 6,001 bytes; at most 6,000 are allowed."),
-    "syntax": (b"{", "j, line 1, column 2: not valid JSON: Expecting property name enclosed in double quotes."),
+    "syntax": (
+        b"{",
+        "j, line 1, column 2: not valid JSON: Expecting property name enclosed in double quotes.",
+    ),
     "surrogate": (rb'["\ud800"]', "j: the text '\\ud800' has half of a surrogate pair."),
     "not UTF-8": (b'"\xff"', "j: not UTF-8 text (byte 1)."),
 }
@@ -151,7 +159,12 @@ class Recipe(BaseModel):
 
 
 def test_validate_accepts() -> None:
-    data = {"name": "n", "experts": ["a", {"ref": "b"}], "router": {"scorer": "lda"}, "extra": {"x": {"ref": "c"}}}
+    data = {
+        "name": "n",
+        "experts": ["a", {"ref": "b"}],
+        "router": {"scorer": "lda"},
+        "extra": {"x": {"ref": "c"}},
+    }
     recipe = validate(Recipe, data, what="recipe")
     assert recipe == Recipe(
         name="n", experts=("a", Item(ref="b")), router=Solved(scorer="lda"), extra={"x": Item(ref="c")}
@@ -197,7 +210,10 @@ def test_validate_one_mistake() -> None:
     ("data", "message"),
     [
         ([1], "r has 1 problem:\n  - input should be an object"),
-        ({"name": float("nan")}, "r: not plain data: a number is not finite, or the data contain themselves."),
+        (
+            {"name": float("nan")},
+            "r: not plain data: a number is not finite, or the data contain themselves.",
+        ),
         ({"name": {1}}, "r: not plain data: Object of type set is not JSON serializable."),
     ],
 )
