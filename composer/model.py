@@ -273,8 +273,7 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         if int(cache.get_seq_length()) == 0:
             if held is not None:  # reset by its user: the layer stays, the set may change
                 held.composition, held.allowed = fresh.composition, fresh.allowed
-                held.sums.clear()
-                held.counts.clear()
+                held.clear()
                 return held
             return fresh
         if held is None:

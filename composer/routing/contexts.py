@@ -37,7 +37,10 @@ def running_mean(
     token_mask: torch.Tensor | None,
     state: RouterState | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Score the mean of all features up to and including each position, padding left out.
+    """Score the mean of all features up to and including each position.
+
+    Padding is left out, and so is a row's first token once there is a second: decoders park attention on it, and
+    its state says nothing about the text.
 
     Args:
         features: ``(batch, positions, d)``; summed in float32.
@@ -55,12 +58,16 @@ def running_mean(
         ones = token_mask.to(values.dtype)
         # where, not a product: a padded position may hold anything
         values = torch.where(token_mask.unsqueeze(-1), values, 0.0)
-    sums, counts = values.cumsum(dim=1), ones.cumsum(dim=1)
+    seen = ones.cumsum(dim=1)
+    if state is not None and layer in state.seen:
+        seen = seen + state.seen[layer].unsqueeze(1)
+    later = seen > 1.0  # every position after the row's first token
+    counted = torch.where(later.unsqueeze(-1), values, 0.0)
+    sums = counted.cumsum(dim=1)
     if state is not None:
         if layer in state.sums:
             sums = sums + state.sums[layer].unsqueeze(1)
-            counts = counts + state.counts[layer].unsqueeze(1)
         state.sums[layer] = sums[:, -1].detach()
-        state.counts[layer] = counts[:, -1].detach()
-    counts = counts.clamp(min=1.0)
-    return sums / counts.unsqueeze(-1), counts
+        state.seen[layer] = seen[:, -1].detach()
+    counts = (seen - 1.0).clamp(min=1.0)
+    return torch.where(later.unsqueeze(-1), sums / counts.unsqueeze(-1), values), counts

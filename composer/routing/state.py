@@ -28,7 +28,7 @@ class RouterState:
         self.composition = composition
         self.allowed = allowed
         self.sums: dict[int, torch.Tensor] = {}  # layer -> float32 (batch, d)
-        self.counts: dict[int, torch.Tensor] = {}  # layer -> float32 (batch,)
+        self.seen: dict[int, torch.Tensor] = {}  # layer -> float32 (batch,), tokens so far
 
     def check(self, *, composition: str, allowed: torch.Tensor) -> None:
         """Raise `OptOutError` unless the cache was filled by this composition under the same allowed sets."""
@@ -44,10 +44,15 @@ class RouterState:
                 f"{_describe(allowed)}). Start again with an empty cache."
             )
 
+    def clear(self) -> None:
+        """Forget every position."""
+        self.sums.clear()
+        self.seen.clear()
+
     def map(self, index: torch.Tensor) -> None:
         """Replace the batch rows by ``rows[index]`` (int64)."""
         self.allowed = self.allowed[index.to(self.allowed.device)]
-        for table in (self.sums, self.counts):
+        for table in (self.sums, self.seen):
             for layer, value in table.items():
                 table[layer] = value.index_select(0, index.to(value.device))
 
@@ -99,8 +104,7 @@ class RouterStateLayer:
 
     def reset(self) -> None:
         """Forget every position."""
-        self.state.sums.clear()
-        self.state.counts.clear()
+        self.state.clear()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back positions, which a running mean cannot do.

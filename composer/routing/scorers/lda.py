@@ -27,9 +27,10 @@ def solve_lda(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Solve linear discriminants with one shared covariance.
 
-    ``S = sum_c (scatter_c - n_c m_c m_c^T) / sum_c n_c + shrinkage * (tr S / d) I``,
+    ``S = mean_c (scatter_c / n_c - m_c m_c^T)``, ``S += shrinkage * (tr S / d) I``,
     ``w_c = S^-1 m_c``, ``b_c = -m_c . w_c / 2 + log prior_c`` (Hastie, Tibshirani, Friedman, The Elements of
-    Statistical Learning, section 4.3; shrinkage towards the identity as in Friedman 1989).
+    Statistical Learning, section 4.3; shrinkage towards the identity as in Friedman 1989). Classes weigh alike in
+    ``S``, whatever their size, so that an owner with much text does not set everybody's scale.
 
     Args:
         classes: Statistics of the classes, the public one first; at least one.
@@ -41,13 +42,11 @@ def solve_lda(
     """
     d = classes[0].sum.shape[0]
     within = np.zeros((d, d))
-    total = 0.0
     for c in classes:
-        within += c.scatter - np.outer(c.sum, c.sum) / c.count
-        total += c.count
-    covariance = within / total
+        within += c.covariance
+    covariance = within / len(classes)
     covariance[np.diag_indices(d)] += shrinkage * np.trace(covariance) / d
-    means = np.stack([c.sum / c.count for c in classes])
+    means = np.stack([c.mean for c in classes])
     weights: NDArray[np.float64] = np.linalg.solve(covariance, means.T).T.astype(np.float64)
     biases: NDArray[np.float64] = -0.5 * np.einsum("cd,cd->c", means, weights)
     if anchor_prior is not None and len(classes) > 1:
@@ -62,7 +61,7 @@ class LDAOptions(ScorerOptions):
     shrinkage: float = Field(default=0.1, gt=0)
     anchor_prior: float | None = Field(default=None, gt=0, lt=1)
     temperature: float = Field(default=1.0, gt=0)
-    evidence: float = Field(default=0.0, ge=0, le=1)
+    evidence: float = Field(default=0.5, ge=0, le=1)
 
 
 class LDAScorer(Scorer):
@@ -75,8 +74,8 @@ class LDAScorer(Scorer):
         shrinkage: See `solve_lda`.
         anchor_prior: See `solve_lda`.
         temperature: Divides the logits.
-        evidence: Exponent ``a`` of the number of positions ``t`` seen: logits are multiplied by ``t ** a``. 0 takes
-            the mean at face value; 1 would treat positions as independent (naive Bayes).
+        evidence: Exponent ``a`` of the number of positions ``t`` in the mean: logits are multiplied by ``t ** a``.
+            0 takes the mean at face value; 1 treats positions as independent (naive Bayes); neighbours are neither.
     """
 
     depth = "model"
@@ -91,7 +90,7 @@ class LDAScorer(Scorer):
         shrinkage: float = 0.1,
         anchor_prior: float | None = None,
         temperature: float = 1.0,
-        evidence: float = 0.0,
+        evidence: float = 0.5,
     ) -> None:
         super().__init__()
         self.statistics = dict(statistics)
@@ -159,7 +158,7 @@ class LDAScorer(Scorer):
         states = hidden_states.float()
         if self.normalization == "none":
             return states
-        return states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + 1e-12)
+        return states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + 1e-6)
 
     def discriminants(
         self, experts: Sequence[int], device: torch.device
