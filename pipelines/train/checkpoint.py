@@ -1,0 +1,88 @@
+"""Where a training job stands, in one safetensors file that is always whole.
+
+Knows tensors, an optimiser's state and numbers; knows nothing of what is trained. No pickle: the state that is
+not a tensor is JSON in the file's metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+__all__ = ["TrainingState", "load_checkpoint", "save_checkpoint", "write_atomically"]
+
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingState:
+    """The numbers of a checkpoint.
+
+    Attributes:
+        step: Steps done.
+        seconds: Training time so far, over all runs of the job.
+    """
+
+    step: int
+    seconds: float
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write beside, fsync, rename, fsync the folder: ``path`` is the old bytes or the new ones, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def save_checkpoint(
+    path: Path, *, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, state: TrainingState
+) -> None:
+    """Store parameters, AdamW's moments and torch's random state (uint8)."""
+    tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
+    for number, parameter in enumerate(parameters):
+        tensors[f"parameter.{number}"] = parameter.detach()
+        for moment in _MOMENTS:
+            tensors[f"{moment}.{number}"] = optimizer.state[parameter][moment]
+    write_atomically(path, save(tensors, metadata={"state": json.dumps(asdict(state))}))
+
+
+def load_checkpoint(
+    path: Path, *, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer
+) -> TrainingState | None:
+    """Put a stored state back, exactly; None where there is no checkpoint.
+
+    Raises:
+        safetensors.SafetensorError: The file is damaged (it is never half-written by us).
+    """
+    if not path.exists():
+        return None
+    with safe_open(path, framework="pt") as file:
+        state = TrainingState(**json.loads(file.metadata()["state"]))
+        with torch.no_grad():
+            for number, parameter in enumerate(parameters):
+                parameter.copy_(file.get_tensor(f"parameter.{number}"))
+                optimizer.state[parameter] = {
+                    moment: file.get_tensor(f"{moment}.{number}").clone() for moment in _MOMENTS
+                }
+        torch.set_rng_state(file.get_tensor("rng"))
+    return state

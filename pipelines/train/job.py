@@ -1,0 +1,413 @@
+"""One owner's training job, as written in a YAML file: what to train, on which local text, with what budget.
+
+Knows the fields, their ranges and their defaults; knows nothing of how training is done, and its paths stay on
+the owner's machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from experts.errors import CoterieError, ManifestError
+from experts.names import check_expert_name
+from experts.strict import load_yaml, validate
+
+__all__ = [
+    "BiasSettings",
+    "CoordinationSettings",
+    "DomainJob",
+    "StatisticsSettings",
+    "parse_layers",
+]
+
+_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+_TEXT_ENDINGS = (".jsonl", ".txt")
+
+
+def _as_switch(value: object) -> object:
+    """``statistics: false`` is short for ``statistics: {enabled: false}``."""
+    return {"enabled": value} if isinstance(value, bool) else value
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str | Path) else value
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class StatisticsSettings(_Settings):
+    """The additive statistics (n, sum of x, sum of x xT) of the anchor's states on the domain's text."""
+
+    enabled: bool = True
+    """Publish them, so that builders can solve a router without any training. They are averages of the data."""
+    normalization: Literal["none", "rms"] = "rms"
+    """``rms``: divide each token's state by its root mean square first. The states of first tokens are tens of
+    times larger than all others; without this they dominate the covariance."""
+    skip_first: bool = False
+    """Leave out the first position of every window. It sees no context, but it is what generation starts from,
+    so it is included by default."""
+
+
+class BiasSettings(_Settings):
+    """The owner's router bias, never above zero: it tightens the domain's boundary against the public expert."""
+
+    enabled: bool = True
+    """Train one per layer, where rows are trained."""
+    init: float = Field(default=-0.1, lt=0)
+    """Starting value, below zero."""
+    form: Literal["softplus", "clamp"] = "softplus"
+    """``-softplus(raw)``, smooth everywhere, or the paper's ``min(raw, 0)``."""
+
+
+class CoordinationSettings(_Settings):
+    """Training inside a two-expert mixture with the frozen anchor (FlexOlmo, arXiv 2507.07024, section 3.2)."""
+
+    enabled: bool = False
+    """Off by default: under a context router plain training measured better. Rows and biases exist only with it."""
+    router_z_loss: float = Field(default=1e-3, ge=0)
+    """Weight of the mean squared log-partition of the router's logits."""
+    softmax_z_loss: float = Field(default=1e-5, ge=0)
+    """Weight of the mean squared log-partition of the language model's logits."""
+
+
+class DomainJob(_Settings):
+    """A training job. Relative paths are relative to the job file."""
+
+    name: str
+    """``owner/expert``, the name under which the expert will be registered."""
+    owner: str = ""
+    """Taken from ``name``; if given, it must agree with it."""
+    domain: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.+-]{0,63}$")
+    """What the expert is about, in a word: builders filter by it."""
+    license: str
+    """SPDX expression for the expert's weights, for instance ``Apache-2.0`` (``LicenseRef-...`` for own terms)."""
+    description: str = Field(default="", max_length=2000)
+    """A sentence for the card."""
+    data_statement: str = Field(default="", max_length=4000)
+    """What the text is and how it was collected, for the card. Never a path."""
+
+    base: str
+    """The public anchor: a base's name in the registry, or the path of a checkpoint folder."""
+    kind: str = "lora"
+    """``lora``: low-rank matrices on the FFN linears; ``ffn``: the FFN matrices themselves; or a plug-in's name."""
+    layers: str | tuple[Annotated[int, Field(ge=0)], ...] = "upper-half"
+    """``all``, ``upper-half``, ranges such as ``15-29`` or ``3,7-9``, or a list. Everything below the first of
+    them is run once and kept, so high layers train faster."""
+    rank: int = Field(default=16, ge=1, le=4096)
+    """Rank of low-rank experts."""
+    alpha: float | None = Field(default=None, gt=0)
+    """The low-rank term is scaled by alpha / rank; by default alpha = rank."""
+
+    data: Annotated[tuple[Path, ...], BeforeValidator(_as_list)]
+    """The owner's text: ``.jsonl`` files with {"text": ...} a line, or ``.txt`` files, one document each."""
+    public: Annotated[tuple[Path, ...], BeforeValidator(_as_list)] = ()
+    """Public text, in the same formats."""
+    public_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Share of training windows drawn from the public text: negatives for a row, a brake on forgetting."""
+    held_out: float | Path = 0.05
+    """Share of the documents kept for measuring, or a file of other documents; 0 measures nothing."""
+    held_out_windows: PositiveInt = 16
+    """At most this many windows are measured, before and after."""
+
+    sequence_length: int = Field(default=128, ge=8, le=1 << 17)
+    """Tokens in a window."""
+    batch_size: PositiveInt = 4
+    """Windows in a step."""
+    steps: PositiveInt = 200
+    """Steps of the optimiser."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Peak rate; by default the trainer's own (2e-3 for ``lora``, 1e-4 for ``ffn``)."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """After the warm-up: a cosine to a tenth of the peak, or constant."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """On the expert's own matrices. Rows, biases and everything frozen have none, whatever is written here."""
+    warmup: int = Field(default=5, ge=0)
+    """Steps of linear warm-up."""
+    grad_clip: float = Field(default=1.0, ge=0)
+    """Largest norm of the gradient; 0 does not clip."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """What the frozen anchor computes in; by default the faster one on this machine that represents it exactly.
+    What is trained is float32 until the expert is written, in the anchor's own dtype."""
+    seed: int = Field(default=0, ge=0, lt=1 << 32)
+    """Decides the windows, their order and the starting matrices."""
+    checkpoint_every: PositiveInt = 20
+    """Steps between checkpoints."""
+    cache_gigabytes: float = Field(default=2.0, ge=0)
+    """Memory for the states that enter the first trained layer; what does not fit is computed again."""
+
+    statistics: Annotated[StatisticsSettings, BeforeValidator(_as_switch)] = StatisticsSettings()
+    """Additive statistics for a router that is solved, not trained."""
+    coordination: Annotated[CoordinationSettings, BeforeValidator(_as_switch)] = CoordinationSettings()
+    """The paper's two-expert mixture."""
+    bias: Annotated[BiasSettings, BeforeValidator(_as_switch)] = BiasSettings()
+    """The owner's negative bias; needs ``coordination``."""
+    row_init: str | Path = "anchor"
+    """Where rows start: ``anchor`` (mean FFN input on the domain's text, per layer), ``random``, or the folder of
+    a SentenceTransformer (mean embedding, projected to the hidden size)."""
+    row_negatives: float = Field(default=0.0, ge=0)
+    """Weight of a binary cross-entropy that tells own from public tokens by the rows; needs ``public`` text."""
+
+    workdir: Path = Path(".coterie")
+    """The owner's private folder for checkpoints and logs; one sub-folder for each expert."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_owner(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and isinstance(data.get("name"), str) and not data.get("owner"):
+            return {**data, "owner": data["name"].partition("/")[0]}
+        return data
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, value: str) -> str:
+        return _reworded(check_expert_name, value)
+
+    @field_validator("license")
+    @classmethod
+    def _check_license(cls, value: str) -> str:
+        from experts.license import check_license
+
+        return _reworded(check_license, value)
+
+    @field_validator("kind")
+    @classmethod
+    def _check_kind(cls, value: str) -> str:
+        from pipelines.train.trainers import TRAINERS
+
+        _reworded(TRAINERS.__getitem__, value)
+        return value
+
+    @field_validator("layers")
+    @classmethod
+    def _check_layers(cls, value: str | tuple[int, ...]) -> str | tuple[int, ...]:
+        _layer_numbers(value, num_layers=1 << 16)
+        return value
+
+    @field_validator("data", "public")
+    @classmethod
+    def _check_texts(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
+        for path in value:
+            _check_text_file(path)
+        return value
+
+    @field_validator("data")
+    @classmethod
+    def _check_some(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
+        if not value:
+            raise ValueError("name at least one file of text")
+        return value
+
+    @field_validator("held_out")
+    @classmethod
+    def _check_held_out(cls, value: float | Path) -> float | Path:
+        if isinstance(value, Path):
+            _check_text_file(value)
+        elif not 0 <= value <= 0.5:
+            raise ValueError(f"a share must lie between 0 and 0.5, given {value}")
+        return value
+
+    @field_validator("row_init")
+    @classmethod
+    def _check_row_init(cls, value: str | Path) -> str | Path:
+        if str(value) not in ("anchor", "random") and not (Path(value) / "modules.json").is_file():
+            raise ValueError(
+                f"'{value}' is neither 'anchor' nor 'random' nor the folder of a SentenceTransformer "
+                "(no modules.json in it)"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.owner != self.name.partition("/")[0]:
+            raise ValueError(f"owner '{self.owner}' is not the owner in the name '{self.name}'; leave it out")
+        if self.public_fraction > 0 and not self.public:
+            raise ValueError(f"public_fraction is {self.public_fraction} but no public text is given")
+        if self.row_negatives > 0 and not (self.coordination.enabled and self.public_fraction > 0):
+            raise ValueError("row_negatives needs coordination and a public_fraction above 0")
+        return self
+
+    @classmethod
+    def from_file(cls, path: Path | str) -> Self:
+        """Read a job file; relative paths in it are taken relative to its folder.
+
+        Raises:
+            ManifestError: Every mistake at once, each with the field's path.
+        """
+        path = Path(path)
+        data = load_yaml(path, what=f"job {path.name}")
+        if not isinstance(data, dict):
+            raise ManifestError(
+                f"job {path.name}: a mapping of fields is expected, such as 'name: acme/contracts'."
+            )
+        return cls.from_dict(data, root=path.parent, what=f"job {path.name}")
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, object], *, root: Path | None = None, what: str = "job") -> Self:
+        """Build a job from plain data; relative paths are taken relative to ``root`` (None: this folder).
+
+        Raises:
+            ManifestError: Every mistake at once, each with the field's path.
+        """
+        resolved = _resolve_paths(data, root=(root or Path.cwd()).resolve())
+        return validate(cls, resolved, what=what)
+
+    @property
+    def directory(self) -> Path:
+        """This job's own folder below ``workdir``."""
+        return self.workdir / self.name.replace("/", "--")
+
+    @property
+    def log_path(self) -> Path:
+        """Where a sealed run keeps its full log (mode 0600)."""
+        return self.directory / "train.log"
+
+    @property
+    def base_path(self) -> Path | None:
+        """The checkpoint folder, if ``base`` is one; None if it is a name."""
+        return Path(self.base) if _is_path(self.base) else None
+
+    def layer_numbers(self, num_layers: int) -> tuple[int, ...]:
+        """The layers to train, ascending, for an anchor with ``num_layers``.
+
+        Raises:
+            ManifestError: A layer does not exist.
+        """
+        return parse_layers(self.layers, num_layers=num_layers)
+
+    def card_settings(self) -> dict[str, str | int | float | bool | None]:
+        """What the card says about the training: every choice and number, no path."""
+        row_init = self.row_init if self.row_init in ("anchor", "random") else "sentence-transformer"
+        settings: dict[str, str | int | float | bool | None] = {
+            "alpha": self.alpha or float(self.rank),
+            "rank": self.rank,
+            "public_fraction": self.public_fraction,
+            "sequence_length": self.sequence_length,
+            "batch_size": self.batch_size,
+            "learning_rate": self.learning_rate,
+            "schedule": self.schedule,
+            "weight_decay": self.weight_decay,
+            "warmup": self.warmup,
+            "grad_clip": self.grad_clip,
+            "seed": self.seed,
+            "coordination": self.coordination.enabled,
+        }
+        if self.coordination.enabled:
+            settings |= {
+                "router_z_loss": self.coordination.router_z_loss,
+                "softmax_z_loss": self.coordination.softmax_z_loss,
+                "bias": self.bias.form if self.bias.enabled else None,
+                "row_init": str(row_init),
+                "row_negatives": self.row_negatives,
+            }
+        return settings
+
+    def digest(self) -> str:
+        """sha256 over every field that the trained expert depends on, apart from the text itself."""
+        outside = {
+            "data",
+            "public",
+            "workdir",
+            "checkpoint_every",
+            "description",
+            "data_statement",
+            "license",
+        }
+        body = self.model_dump(mode="json", exclude=outside)
+        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def parse_layers(layers: str | tuple[int, ...], *, num_layers: int) -> tuple[int, ...]:
+    """``all``, ``upper-half``, ``15-29``, ``3,7-9`` or a list, as ascending numbers.
+
+    Raises:
+        ManifestError: Another form, or a layer that a model with ``num_layers`` does not have.
+    """
+    try:
+        return _layer_numbers(layers, num_layers=num_layers)
+    except ValueError as error:
+        raise ManifestError(f"layers: {error}.") from None
+
+
+def _layer_numbers(layers: str | tuple[int, ...], *, num_layers: int) -> tuple[int, ...]:
+    if layers == "all":
+        return tuple(range(num_layers))
+    if layers == "upper-half":
+        return tuple(range(num_layers // 2, num_layers))
+    numbers: set[int] = set()
+    if isinstance(layers, str):
+        for part in layers.replace(" ", "").split(","):
+            match = _RANGE.fullmatch(part)
+            if match is None or int(match[2] or match[1]) < int(match[1]):
+                raise ValueError(
+                    f"'{layers}' is not a choice of layers; write all, upper-half, ranges such as 15-29 or 3,7-9, "
+                    "or a list of numbers"
+                )
+            if int(match[2] or match[1]) >= num_layers:
+                numbers.add(int(match[2] or match[1]))
+                break
+            numbers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    else:
+        numbers.update(layers)
+    if not numbers:
+        raise ValueError("choose at least one layer")
+    if max(numbers) >= num_layers:
+        raise ValueError(f"layer {max(numbers)} does not exist; the base has layers 0 to {num_layers - 1}")
+    return tuple(sorted(numbers))
+
+
+def _reworded(check: Any, value: str) -> str:
+    """Call a check that raises one of our errors; pydantic collects only `ValueError`."""
+    try:
+        result = check(value)
+    except CoterieError as error:
+        raise ValueError(str(error)) from None
+    return str(result) if result is not None else value
+
+
+def _check_text_file(path: Path) -> None:
+    if path.suffix not in _TEXT_ENDINGS:
+        raise ValueError(f"'{path.name}' does not end in .jsonl or .txt")
+    if not path.is_file():
+        raise ValueError(f"there is no file '{path}'")
+
+
+def _is_path(base: str) -> bool:
+    return "/" in base or base.startswith(".")
+
+
+def _resolve_paths(data: Mapping[str, object], *, root: Path) -> dict[str, object]:
+    """Make the path fields absolute; whatever is not text is left for the validation to complain about."""
+
+    def absolute(value: object) -> object:
+        return str(root / Path(value).expanduser()) if isinstance(value, str) else value
+
+    resolved = dict(data)
+    for key in ("data", "public"):
+        value = data.get(key)
+        if value is not None:
+            resolved[key] = [absolute(item) for item in value] if isinstance(value, list) else absolute(value)
+    resolved["workdir"] = absolute(data.get("workdir", ".coterie"))
+    if "held_out" in data:
+        resolved["held_out"] = absolute(data["held_out"])
+    if isinstance(base := data.get("base"), str) and (_is_path(base) or base.startswith("~")):
+        resolved["base"] = absolute(base)
+    if data.get("row_init") not in (None, "anchor", "random"):
+        resolved["row_init"] = absolute(data["row_init"])
+    return resolved

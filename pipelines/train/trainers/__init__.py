@@ -1,0 +1,34 @@
+"""The table of trainers: how an expert of each kind is attached to the frozen anchor, trained and written.
+
+Knows names and import paths; the trainers themselves are imported on demand, torch with them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from experts.plugins import PluginTable
+
+if TYPE_CHECKING:
+    from pipelines.train.trainers.base import ExpertTrainer
+
+__all__ = ["TRAINERS", "get_trainer"]
+
+TRAINERS = PluginTable(
+    "trainer",
+    {
+        "ffn": "pipelines.train.trainers.ffn:FullFFNTrainer",
+        "lora": "pipelines.train.trainers.lora:LowRankFFNTrainer",
+    },
+)
+"""Trainers by the kind of expert they write; third parties add rows through the group ``coterie.trainers``."""
+
+
+def get_trainer(kind: str) -> type[ExpertTrainer]:
+    """Import the trainer of experts of this kind.
+
+    Raises:
+        UnknownNameError: There is none.
+    """
+    trainer: type[ExpertTrainer] = TRAINERS.load(kind)
+    return trainer

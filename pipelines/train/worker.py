@@ -1,0 +1,298 @@
+"""Trains one owner's expert, in this process, from the job to the packed folder.
+
+Knows the order of the work and what it reports; knows nothing of who started it or of other owners.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from experts.errors import CoterieError, TrainingError
+from pipelines.train.anchor import ResolvedBase, compute_dtype, load_anchor, resolve_base
+from pipelines.train.job import DomainJob
+from pipelines.train.progress import Progress, ProgressFn
+
+if TYPE_CHECKING:
+    from experts.card import TrainingInfo
+    from pipelines.train.expert_run import ExpertRun
+    from pipelines.train.loop import LoopResult
+    from registry import Registry
+
+__all__ = ["train_job"]
+
+
+_CARD_METRICS = ("held_out_nll", "anchor_held_out_nll")
+
+
+class _Reporter:
+    """Sends progress, at most a few times a second unless the stage changes, and keeps the last numbers."""
+
+    _INTERVAL = 0.2
+
+    def __init__(self, name: str, send: ProgressFn | None) -> None:
+        self._name = name
+        self._send = send
+        self._last = (0.0, "")
+        self.scalars: dict[str, int | float] = {}
+
+    def __call__(self, stage: str, *, force: bool = False, **scalars: int | float | None) -> None:
+        self.scalars |= {name: value for name, value in scalars.items() if value is not None}
+        now = time.monotonic()
+        if self._send is None or (
+            not force and stage == self._last[1] and now - self._last[0] < self._INTERVAL
+        ):
+            return
+        self._last = (now, stage)
+        self._send(Progress(name=self._name, stage=stage, scalars=dict(self.scalars)))
+
+
+def train_job(
+    job: DomainJob,
+    *,
+    out: Path,
+    base: ResolvedBase | None = None,
+    registry: Registry | None = None,
+    version: int | None = None,
+    progress: ProgressFn | None = None,
+    threads: int | None = None,
+) -> Path:
+    """Train the expert that ``job`` describes.
+
+    A job that was cut short resumes from its last checkpoint, to the same bytes, as long as neither the job
+    nor the text has changed; otherwise it starts anew.
+
+    Args:
+        job: The job; its paths are read in this process.
+        out: The folder to create; receives the packed expert, whole or not at all.
+        base: The anchor, if it is already at hand; otherwise ``job.base`` is looked up.
+        registry: Where base names are looked up, and the next version number.
+        version: The expert's version; by default the registry's next, or 1 without a registry.
+        progress: Called with every report.
+        threads: Threads for the arithmetic; by default all cores.
+
+    Returns:
+        ``out``, ready for `Registry.register`.
+
+    Raises:
+        CoterieError: ``out`` exists, the job is running already, the base or the text is not usable.
+        TrainingError: The loss stopped being finite.
+        KeyboardInterrupt: Passed on, after a checkpoint.
+    """
+    if out.exists():
+        raise CoterieError(f"'{out}' exists already. Choose another folder for {job.name}, or remove it.")
+    if version is None:
+        version = registry.next_version(job.name) if registry else 1
+    report = _Reporter(job.name, progress)
+    report("starting")
+    with ExitStack() as stack:
+        stack.enter_context(_only_one(job))
+        base = base or stack.enter_context(resolve_base(job.base, registry=registry))
+        _check_card_fields(job, base=base, version=version)
+        stack.enter_context(_threads(threads))
+        run = _train(job, base=base, report=report)
+        report("packing", force=True)
+        _publish(job, run=run, base=base, version=version, out=out, metrics=report.scalars)
+        for checkpoint in job.directory.glob("checkpoint-*.safetensors"):
+            checkpoint.unlink()
+    report("done", force=True)
+    return out
+
+
+@contextmanager
+def _only_one(job: DomainJob) -> Iterator[None]:
+    """Keep a second run of the same job out."""
+    from filelock import FileLock, Timeout
+
+    job.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    lock = FileLock(job.directory / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise TrainingError(f"{job.name} is being trained already. Wait for it, or stop it.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Use ``count`` threads in the block, and what was set before after it."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or os.cpu_count() or 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _checkpoint_path(job: DomainJob, *, base: ResolvedBase, corpus_digest: str) -> Path:
+    """A name of its own for each combination of job, anchor and text, so that nothing foreign is resumed."""
+    import hashlib
+
+    routing = base.routing_info.model_dump_json() if base.routing_info else ""
+    key = "|".join([job.digest(), base.ref.fingerprint, routing, corpus_digest])
+    return job.directory / f"checkpoint-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+
+
+def _train(job: DomainJob, *, base: ResolvedBase, report: _Reporter) -> ExpertRun:
+    import torch
+
+    from pipelines.train.corpus import read_corpus
+    from pipelines.train.expert_run import ExpertRun
+
+    torch.manual_seed(job.seed)
+    report("loading", steps=job.steps)
+    dtype = job.dtype or compute_dtype(base.description)
+    model, tokenizer = load_anchor(base, dtype=dtype)
+    report("reading")
+    corpus = read_corpus(job, tokenizer)
+    report("states", tokens=0, documents=corpus.own.documents)
+    run = ExpertRun(job, base=base, model=model, corpus=corpus)
+    report("states", force=not run.cached, cached=int(run.cached))
+    for done in run.prepare_states():
+        report("states", tokens=done * job.sequence_length)
+    before = run.held_out_nll()
+    run.attach()
+    checkpoint = _checkpoint_path(job, base=base, corpus_digest=dtype + corpus.digest())
+    result = _loop(job, run=run, checkpoint=checkpoint, anchor_nll=before, report=report)
+    report("training", force=True, held_out_nll=run.held_out_nll(), loss=result.loss)
+    return run
+
+
+def _loop(
+    job: DomainJob, *, run: ExpertRun, checkpoint: Path, anchor_nll: float | None, report: _Reporter
+) -> LoopResult:
+    from pipelines.train.loop import LoopSettings, plan_batches, train
+
+    plan = plan_batches(
+        steps=job.steps,
+        batch_size=job.batch_size,
+        own=len(run.corpus.own),
+        public=len(run.corpus.public) if run.corpus.public else 0,
+        public_fraction=job.public_fraction,
+        seed=job.seed,
+    )
+    per_step = job.batch_size * job.sequence_length
+    first: list[tuple[int, float]] = []
+
+    def on_step(step: int, loss: float, seconds: float) -> None:
+        first.append((step, seconds)) if not first else None
+        rate = (
+            (step - first[0][0]) / (seconds - first[0][1])
+            if step > first[0][0]
+            else step / max(seconds, 1e-9)
+        )
+        report(
+            "training",
+            step=step,
+            tokens=step * per_step,
+            loss=loss,
+            seconds=seconds,
+            tokens_per_second=rate * per_step,
+            eta_seconds=(job.steps - step) / rate,
+        )
+
+    report("training", step=0, tokens=0, anchor_held_out_nll=anchor_nll)
+    settings = LoopSettings(
+        steps=job.steps,
+        learning_rate=job.learning_rate or run.trainer.default_learning_rate,
+        weight_decay=job.weight_decay,
+        warmup=job.warmup,
+        grad_clip=job.grad_clip,
+        checkpoint_every=job.checkpoint_every,
+        schedule=job.schedule,
+    )
+    result = train(
+        parameters=run.parameters,
+        undecayed=run.gate_parameters,
+        loss_of=run.loss,
+        plan=plan,
+        settings=settings,
+        checkpoint=checkpoint,
+        on_step=on_step,
+    )
+    report("training", resumed_from=result.resumed_from)
+    return result
+
+
+def _training_info(job: DomainJob) -> TrainingInfo:
+    """What the card says of the training. No time: a resumed job gives the same bytes as an uninterrupted one."""
+    from experts.card import TrainingInfo
+    from pipelines.train.trainers import get_trainer
+
+    rate = job.learning_rate or get_trainer(job.kind).default_learning_rate
+    return TrainingInfo(
+        method=f"{job.kind}-coordinated" if job.coordination.enabled else job.kind,
+        tokens=job.steps * job.batch_size * job.sequence_length,
+        steps=job.steps,
+        settings=job.card_settings() | {"learning_rate": rate},
+        data_statement=job.data_statement,
+    )
+
+
+def _check_card_fields(job: DomainJob, *, base: ResolvedBase, version: int) -> None:
+    """Make the card with a made-up file, so that a field it refuses is known before the training, not after."""
+    from experts.card import ExpertCard, FileEntry
+
+    ExpertCard.create(
+        format_version=1,
+        library_version="0",
+        name=job.name,
+        version=version,
+        owner=job.owner,
+        domain=job.domain,
+        kind=job.kind,
+        license=job.license,
+        base=base.ref,
+        layers=job.layer_numbers(base.description.num_layers),
+        rank=None,
+        files=(FileEntry(path="made-up", size=0, sha256="0" * 64),),
+        training=_training_info(job),
+        description=job.description,
+    )
+
+
+def _publish(
+    job: DomainJob,
+    *,
+    run: ExpertRun,
+    base: ResolvedBase,
+    version: int,
+    out: Path,
+    metrics: dict[str, int | float],
+) -> None:
+    """Write the expert into the owner's folder and pack it to ``out``, whole or not at all."""
+    from experts.package import pack
+
+    raw = job.directory / "expert"
+    shutil.rmtree(raw, ignore_errors=True)
+    raw.mkdir()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        routing = run.write(raw)
+        pack(
+            raw,
+            out,
+            name=job.name,
+            version=version,
+            domain=job.domain,
+            license=job.license,
+            base=base.description,
+            base_ref=base.ref,
+            training=_training_info(job),
+            routing=routing,
+            metrics={name: float(metrics[name]) for name in _CARD_METRICS if name in metrics},
+            description=job.description,
+            kind=job.kind,
+        )
+    finally:
+        shutil.rmtree(raw, ignore_errors=True)
