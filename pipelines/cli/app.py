@@ -87,9 +87,13 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        typer.echo(f"coterie {version('coterie')}")
+        try:
+            number = version("coterie")
+        except PackageNotFoundError:  # run from a tree that was never installed
+            number = "0+unknown"
+        typer.echo(f"coterie {number}")
         raise typer.Exit
 
 

@@ -16,7 +16,7 @@ from pipelines.cli.output import print_json, print_line, print_table
 __all__ = ["group"]
 
 group = typer.Typer(
-    help="Show and check the log of every change to the registry.",
+    help="Show and check the log of every change.",
     no_args_is_help=True,
     rich_markup_mode=None,
     epilog=examples("coterie audit list --last 20", "coterie audit verify"),
@@ -49,7 +49,10 @@ def list_entries(
 
 @group.command("verify", epilog=examples("coterie audit verify", "coterie audit verify --json"))
 def verify(context: typer.Context, registry: RegistryOption = None, as_json: JsonOption = False) -> None:
-    """Check that no entry was altered, reordered or cut out; keep the printed digest to detect a rewrite."""
+    """Check that no entry was altered, reordered or cut out.
+
+    Keep the printed digest elsewhere: with it even a log that was rewritten as a whole can be told.
+    """
     head = open_registry(context, registry).verify_audit()
     if as_json:
         print_json({"entries": head.entries, "digest": head.digest})

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["group"]
 
 group = typer.Typer(
-    help="Add and show the public base models that experts are trained on.",
+    help="Add and show public base models.",
     no_args_is_help=True,
     rich_markup_mode=None,
     epilog=examples(
@@ -65,9 +65,10 @@ def add(
     registry: RegistryOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Copy a public base model into the registry and compute its fingerprint, once.
+    """Copy a public base model into the registry.
 
-    Experts and compositions refer to it by name and fingerprint; builds link its files and copy nothing.
+    Its fingerprint is computed once. Experts and compositions refer to it by name and fingerprint; builds link
+    its files and copy nothing.
     """
     store = open_registry(context, registry)
     folder = _checkpoint(source, revision)
@@ -237,10 +238,10 @@ def public_routing(
     registry: RegistryOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Attach routing artefacts of public text to a base, so that routers know what belongs to nobody.
+    """Attach routing artefacts of public text to a base.
 
-    Statistics are taken of the states entering the first of the layers, where owners take theirs. The newest
-    artefacts count; folders built earlier keep the ones they were built with.
+    Routers learn from them what belongs to nobody. Statistics are taken of the states entering the first of the
+    layers, where owners take theirs. The newest artefacts count; folders built earlier keep their own.
     """
     store = open_registry(context, registry)
     if (source is None) == (not text):

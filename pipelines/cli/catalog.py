@@ -82,7 +82,10 @@ def list_experts(
     registry: RegistryOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the newest version of every expert; those of owners who have opted out are marked."""
+    """List the experts of the registry.
+
+    The newest version of each is shown; those of owners who have opted out are marked.
+    """
     store = open_registry(context, registry)
     records = store.experts(domain=domain, owner=owner, kind=kind, base=base, all_versions=all_versions)
     if as_json:
@@ -116,7 +119,7 @@ def show(
     registry: RegistryOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show one expert's card: owner, licence, base, training, routing, files."""
+    """Show one expert's card: licence, base, training, files."""
     store = open_registry(context, registry)
     record = store.expert(expert)
     card = store.card(record)
@@ -190,9 +193,10 @@ def verify(
     registry: RegistryOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Read every file and compare it with its digest; exit with 1 where one is missing or altered.
+    """Compare every stored file with its digest.
 
-    Without EXPERT the index and the audit log are checked against each other as well.
+    Exits with 1 where a file is missing or altered. Without EXPERT, the index and the audit log are checked
+    against each other as well.
     """
     store = open_registry(context, registry)
     problems: tuple[str, ...] = ()

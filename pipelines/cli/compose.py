@@ -59,7 +59,10 @@ def show_plan(
     registry: RegistryOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Resolve and check a manifest, and show what would be built and what it costs. Writes nothing."""
+    """Check a manifest and show what it would build.
+
+    Everything is resolved, checked and costed: parameters, bytes, compute for a token. Nothing is written.
+    """
     planned = _plan(manifest, open_registry(context, registry))
     if as_json:
         print_json(planned.to_dict())
@@ -83,9 +86,10 @@ def build_folder(
     registry: RegistryOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compose the experts of a manifest into one folder that transformers can load.
+    """Compose the experts of a manifest into one folder.
 
-    The registry's files are immutable and are linked, so a build takes milliseconds and no disk space.
+    transformers can load it. The registry's files are immutable and are linked, so a build takes milliseconds
+    and no disk space.
     """
     from time import perf_counter
 
@@ -192,10 +196,10 @@ def verify_optout_folder(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compose the model that an owner never joined, and compare it with opting out, through every door.
+    """Prove that opting out equals never having joined.
 
-    Build and load must give the same logits bit for bit, a request the same within 1e-5. Exits with 1 where
-    they do not.
+    The model that an owner never joined is composed and compared with opting out, through every door: build and
+    load must give the same logits bit for bit, a request the same within 1e-5. Exits with 1 where they do not.
     """
     from composer import verify_optout
 

@@ -60,7 +60,7 @@ def list_opt_outs(
     registry: RegistryOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the owners who have opted out: who recorded it, when and why."""
+    """List the owners who are out: since when, by whom, why."""
     store = open_registry(context, registry)
     entries = store.opt_out_history() if history else store.opt_outs()
     fields = (("sequence",) if history else ()) + ("owner",) + (("action",) if history else ())

@@ -72,7 +72,10 @@ def generate(
     registry: RegistryOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Continue a prompt, leaving out whom you name and whoever has opted out in the registry since the build."""
+    """Continue a prompt with a composed model.
+
+    Left out are the owners you name, and whoever has opted out in the registry since the build.
+    """
     from time import perf_counter
 
     if temperature is not None and seed is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -228,7 +227,7 @@ class TestVerifyOptout:
             (owner, door) for owner in ("acme", "hosp", "soft") for door in ("build", "load", "request")
         ]
         assert {line.split()[-1] for line in lines[1:]} == {"ok"}
-        assert sorted(os.listdir(composed.parent)) == [composed.name]
+        assert list(composed.parent.iterdir()) == [composed]
 
     def test_one_owner_as_json(self, run: Any, composed: Path) -> None:
         rows = run("verify-optout", composed, "--owner", "hosp", "--json").json
