@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experts.base import BaseDescription
-from experts.card import CARD_FILE, ExpertCard
+from experts.card import CARD_FILE, MAX_CARD_BYTES, ExpertCard
 from experts.errors import AdmissionError
-from experts.files import capped, describe_mode, open_regular, path_problems, sha256_file
+from experts.files import capped, describe_mode, open_regular, path_problems, read_bounded, sha256_file
 from experts.kinds import get_kind
 from experts.kinds.kind import DTYPES, ExpertKind, ResolvedConfig
 from experts.license import check_license
@@ -141,7 +141,7 @@ def _entry_problems(info: os.stat_result, *, size: int) -> list[str]:
 
 def _digest_problems(folder: Path, card: ExpertCard) -> list[str]:
     problems = path_problems(entry.path for entry in card.files)
-    if (folder / CARD_FILE).read_bytes() != card.to_bytes():
+    if read_bounded(folder / CARD_FILE, max_bytes=MAX_CARD_BYTES) != card.to_bytes():
         problems.append(f"{CARD_FILE}: not the card with sha256 {card.digest}")
     for entry in card.files:
         digest = sha256_file(folder / entry.path)

@@ -206,7 +206,7 @@ class RoutingArtifacts:
             for name, array in self.tensors.items()
         }
         _check_schema(specs, self.info, what=f"'{self.info.file}'", hidden_size=None)
-        _check_values(self.tensors, what=f"'{self.info.file}'")
+        _check_values(self.tensors, self.info, what=f"'{self.info.file}'")
         path = folder / self.info.file
         write_atomic(path, save({name: np.ascontiguousarray(a) for name, a in self.tensors.items()}))
         return path
@@ -231,7 +231,7 @@ class RoutingArtifacts:
             _check_schema(header.tensors, info, what=what, hidden_size=hidden_size)
             tensors = {name: _array(stream.fileno(), tensor) for name, tensor in header.tensors.items()}
         _check_metadata(header, what=what)
-        _check_values(tensors, what=what)
+        _check_values(tensors, info, what=what)
         return cls(info=info, tensors=tensors)
 
 
@@ -287,7 +287,7 @@ def _width(tensors: Mapping[str, TensorSpec]) -> int:
     return 1
 
 
-def _check_values(tensors: Mapping[str, NDArray[np.floating]], *, what: str) -> None:
+def _check_values(tensors: Mapping[str, NDArray[np.floating]], info: RoutingInfo, *, what: str) -> None:
     import numpy as np
 
     problems = [
@@ -296,8 +296,8 @@ def _check_values(tensors: Mapping[str, NDArray[np.floating]], *, what: str) -> 
         if not np.isfinite(array).all()
     ]
     problems = problems or [text for name, array in tensors.items() for text in _bounds(name, array)]
-    if not problems and "statistics.count" in tensors:
-        problems = _statistics_problems(tensors)
+    if not problems and info.statistics is not None:
+        problems = _statistics_problems(tensors, info.statistics)
     if problems:
         raise AdmissionError(f"{what} holds values that are not allowed:", problems=capped(problems))
 
@@ -323,14 +323,16 @@ def _bounds(name: str, array: NDArray[np.floating]) -> list[str]:
     return []
 
 
-def _statistics_problems(tensors: Mapping[str, NDArray[np.floating]]) -> list[str]:
+def _statistics_problems(tensors: Mapping[str, NDArray[np.floating]], info: StatisticsInfo) -> list[str]:
     """Check what must hold of any n, Σx, Σxxᵀ; a full eigenvalue check would take minutes at width 4096."""
     import numpy as np
 
     count = float(tensors["statistics.count"][0])
     total, scatter = tensors["statistics.sum"], tensors["statistics.scatter"]
-    if count < 1 or count > 1e15:
-        return [f"tensor 'statistics.count': {count:g}; a number of tokens between 1 and 1e15 is needed"]
+    if count != info.tokens:
+        return [
+            f"tensor 'statistics.count': {count:.17g}, but statistics.tokens is {info.tokens}; they must be equal"
+        ]
     diagonal = np.diagonal(scatter)
     slack = 1e-6 * float(np.abs(diagonal).max())
     problems = []
@@ -339,6 +341,11 @@ def _statistics_problems(tensors: Mapping[str, NDArray[np.floating]]) -> list[st
     if float(diagonal.min()) < 0 or float(diagonal.max()) > count * MAX_STATE**2:
         problems.append(
             f"tensor 'statistics.scatter': its diagonal must lie between 0 and count * {MAX_STATE**2:g}"
+        )
+    elif info.normalization == "rms" and float(diagonal.sum()) > count * len(total) * (1 + 1e-3):
+        problems.append(
+            f"tensor 'statistics.scatter': trace {float(diagonal.sum()):.6g}; states of unit root mean square have "
+            f"count * width = {count * len(total):.6g}"
         )
     elif bool((np.square(scatter) > np.outer(diagonal, diagonal) * (1 + 1e-6) + slack**2).any()):
         problems.append("tensor 'statistics.scatter': not positive semi-definite; it must be the sum of x xᵀ")

@@ -32,6 +32,7 @@ INFO = RoutingInfo(
 
 def tensors() -> dict[str, np.ndarray]:
     x = np.random.default_rng(1).normal(size=(40, D))
+    x /= np.sqrt(np.mean(x**2, axis=1, keepdims=True))
     statistics = Statistics.from_states(x)
     return {
         "embedding": np.array([0.1, -2.0, 0.0], np.float32),
@@ -146,9 +147,13 @@ REFUSED: dict[str, tuple[Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]
         scaled("embedding", 0),
         f"{HEAD}tensor 'embedding': largest magnitude 0; more than 0 and at most 10000 is allowed",
     ),
-    "no tokens": (
-        at("statistics.count", 0, 0.0),
-        f"{HEAD}tensor 'statistics.count': 0; a number of tokens between 1 and 1e15 is needed",
+    "other count": (
+        at("statistics.count", 0, 1e9),
+        f"{HEAD}tensor 'statistics.count': 1000000000, but statistics.tokens is 40; they must be equal",
+    ),
+    "not normalised": (
+        lambda t: scaled("statistics.scatter", 100)(scaled("statistics.sum", 10)(t)),
+        f"{HEAD}tensor 'statistics.scatter': trace 24000; states of unit root mean square have count * width = 240",
     ),
     "not symmetric": (
         at("statistics.scatter", (0, 1), 0.5),
