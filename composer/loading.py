@@ -30,7 +30,8 @@ def load(
     path: Path | str,
     *,
     opt_out: Collection[str] = (),
-    registry: Registry | None = None,
+    registry: Registry | Path | str | None = None,
+    verify: bool = False,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     attn_implementation: str | None = None,
@@ -42,7 +43,9 @@ def load(
     Args:
         path: A folder that `composer.building.build` wrote.
         opt_out: Owners whose files are not opened. The result is bit for bit the model composed without them.
-        registry: Its consent ledger is read, and owners who have opted out since the build are left out too.
+        registry: A registry or its path. Its consent ledger is read, and owners who have opted out since the build
+            are left out too.
+        verify: Whether to hash every expert file that is opened; sizes and tensor names are always checked.
         dtype: Of the weights; None: the manifest's, else the anchor's own.
         device: Where the model goes; None: the CPU.
         attn_implementation: As in `transformers`.
@@ -51,6 +54,7 @@ def load(
 
     Raises:
         BuildError: The folder is not a composed one, or a file was changed.
+        IntegrityError: A file's bytes differ from its digest.
         UnknownNameError: ``opt_out`` names an owner who is not in this composition.
     """
     folder = Path(path)
@@ -60,9 +64,11 @@ def load(
     if kwargs:
         raise BuildError(
             f"Unknown arguments for loading a composed model: {', '.join(sorted(kwargs))}. Allowed: opt_out, "
-            "registry, dtype, device, attn_implementation, experts_implementation."
+            "registry, verify, dtype, device, attn_implementation, experts_implementation."
         )
     members = Members.open(folder, lock, without=_left_out(lock, opt_out, registry))
+    if verify:
+        members.check_digests()
     model = _base_model(folder, lock, dtype, attn_implementation, experts_implementation)
     _join(model, members, lock)
     if device is not None:
@@ -81,10 +87,14 @@ def _device(device: Any) -> Any:
     return device
 
 
-def _left_out(lock: Lock, opt_out: Collection[str], registry: Registry | None) -> frozenset[str]:
+def _left_out(lock: Lock, opt_out: Collection[str], registry: Registry | Path | str | None) -> frozenset[str]:
     if isinstance(opt_out, str):
         raise OptOutError(f"opt_out is the string '{opt_out}'. Write {{'{opt_out}'}}.")
     owners = check_owners(opt_out, lock.owners)
+    if isinstance(registry, str | Path):
+        from registry import Registry
+
+        registry = Registry(registry)
     if registry is not None:
         revoked = {entry.owner for entry in registry.opt_outs()}
         owners |= revoked & set(lock.owners)

@@ -17,6 +17,7 @@ from composer.lock import Lock, LockedExpert
 from experts.base import BaseDescription
 from experts.card import CARD_FILE, ExpertCard
 from experts.errors import BuildError, IntegrityError
+from experts.files import sha256_file
 from experts.routing_artifacts import RoutingArtifacts
 
 if TYPE_CHECKING:
@@ -133,6 +134,21 @@ class Members:
         if not path.is_file():
             raise BuildError(f"{path} is missing. Build the folder again.")
         return BaseDescription.from_json(path.read_bytes())
+
+    def check_digests(self) -> None:
+        """Hash every file of the loaded experts.
+
+        Raises:
+            IntegrityError: Bytes differ from what the lock says.
+        """
+        for member in self.experts:
+            for entry in member.locked.files:
+                found = sha256_file(member.file(entry.path))
+                if found != entry.sha256:
+                    raise IntegrityError(
+                        f"{member.folder / entry.path} has sha256 {found}, the composition says {entry.sha256}. "
+                        "Build the folder again."
+                    )
 
     def public(self) -> RoutingArtifacts:
         """Read the anchor's routing artefacts, which nobody owns."""

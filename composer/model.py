@@ -163,6 +163,7 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         logits_to_keep: int | torch.Tensor = 0,
         opt_out: OptOut | None = None,
         allowed: torch.Tensor | None = None,
+        token_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Run the model.
@@ -178,6 +179,7 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             logits_to_keep: As the base model takes it.
             opt_out: Owners to leave out: a set for the whole batch or one set per row.
             allowed: bool ``(batch, num_experts + 1)``, the same as a mask of expert ids (what ``generate`` passes).
+            token_mask: ``(batch, past + positions)``, 0 on padding, where ``attention_mask`` has another form.
             kwargs: Passed to the base model.
 
         Returns:
@@ -193,7 +195,7 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         state = self._state(past_key_values, mask)
         routing = ForwardPass(
             groups=self._groups(mask),
-            token_mask=_token_mask(attention_mask, length=tokens.shape[1]),
+            token_mask=_token_mask(attention_mask, token_mask, length=tokens.shape[1]),
             state=state,
         )
         with forward_pass(routing):
@@ -237,6 +239,14 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         # a tensor, so that beams and return sequences expand it together with the rows
         kwargs["allowed"] = self._allowed(opt_out, kwargs.get("allowed"), batch=batch)
         return super().generate(inputs, *args, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Keep the plain padding mask beside whatever form the base model's attention wants."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            inputs["token_mask"] = mask
+        return inputs
 
     def _allowed(self, opt_out: OptOut | None, allowed: torch.Tensor | None, *, batch: int) -> torch.Tensor:
         members = self.membership
@@ -301,11 +311,17 @@ def _attach(cache: Cache, state: RouterState) -> None:
         cache.layers.append(RouterStateLayer(state, is_sliding=sliding))
 
 
-def _token_mask(attention_mask: Any, *, length: int) -> torch.Tensor | None:
+def _token_mask(attention_mask: Any, token_mask: torch.Tensor | None, *, length: int) -> torch.Tensor | None:
     """Return True on real tokens for the last ``length`` positions; None if nothing is padded."""
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+    mask = attention_mask if token_mask is None else token_mask
+    if mask is None:
         return None
-    return attention_mask[:, -length:].to(torch.bool)
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        raise ValueError(
+            "attention_mask is not (batch, positions), so it does not tell which tokens are padding. Give such a "
+            "mask as token_mask beside it."
+        )
+    return mask[:, -length:].to(torch.bool)
 
 
 def replace_ffn(base: nn.Module, name: str, layer: MoELayer) -> None:

@@ -7,6 +7,7 @@ in one pass and token by token through the cache.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -108,8 +109,17 @@ def never_joined(folder: Path, owners: Collection[str]) -> Iterator[Path]:
     """
     from composer.recompose import recompose
 
-    with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=".never-joined-") as scratch:
-        yield recompose(folder, Path(scratch) / "composed", without=owners)
+    with _scratch(folder) as scratch:
+        yield recompose(folder, scratch / "composed", without=owners)
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """Make a temporary folder, beside the composed one where that is possible, so that files can be linked."""
+    parent = folder.absolute().parent
+    beside = parent if os.access(parent, os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".verify-optout-") as scratch:
+        yield Path(scratch)
 
 
 def _load(folder: Path, **kwargs: Any) -> ComposedForCausalLM:
@@ -172,8 +182,8 @@ def _build_without(folder: Path, owner: str) -> ComposedForCausalLM:
     """Build with the owner in the manifest's ``opt_out``, which is another road than never listing them."""
     from composer.recompose import recompose
 
-    with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=".opted-out-") as scratch:
-        return _load(recompose(folder, Path(scratch) / "composed", opt_out={owner}))
+    with _scratch(folder) as scratch:
+        return _load(recompose(folder, scratch / "composed", opt_out={owner}))
 
 
 def _logits(model: ComposedForCausalLM, ids: torch.Tensor, **kwargs: Any) -> list[torch.Tensor]:
