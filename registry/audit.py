@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +21,7 @@ import sqlalchemy as sa
 
 from experts.errors import IntegrityError
 from registry import index
+from registry.blobs import BlobStore
 from registry.filesystem import FileSystem
 from registry.records import AuditEntry, AuditHead
 
@@ -43,16 +43,16 @@ class AuditLog:
 
     Args:
         folder: Where the entry files lie, ``00000001.json`` and so on.
-        temporary: A folder on the same file system for half-written files.
+        blobs: Where half-written files are kept.
         files: How files are changed.
         clock: What time it is.
     """
 
     def __init__(
-        self, folder: Path, *, temporary: Path, files: FileSystem, clock: Callable[[], datetime] = utc_now
+        self, folder: Path, *, blobs: BlobStore, files: FileSystem, clock: Callable[[], datetime] = utc_now
     ) -> None:
         self.folder = folder
-        self._temporary = temporary
+        self._blobs = blobs
         self._files = files
         self._clock = clock
 
@@ -141,18 +141,11 @@ class AuditLog:
         return entries, problems
 
     def _write(self, entry: AuditEntry) -> None:
-        # The name is unique among writers, since only the holder of the write lock comes here.
-        staged = self._temporary / f"{os.getpid()}-{entry.digest}"
-        descriptor = self._files.create(staged)
-        try:
-            data = memoryview(_canonical(entry))
-            while data:
-                data = data[self._files.write(descriptor, data) :]
-            self._files.sync(descriptor)
-        finally:
-            os.close(descriptor)
-        self._files.protect(staged)
-        self._files.rename(staged, self.folder / self._name(entry.sequence))
+        with self._blobs.staging() as staging:
+            staging.add(_canonical(entry), "entry")
+            staged = staging.folder / "entry"
+            self._files.protect(staged)
+            self._files.rename(staged, self.folder / self._name(entry.sequence))
         self._files.sync_folder(self.folder)
 
     @staticmethod

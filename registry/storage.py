@@ -48,7 +48,7 @@ class Storage:
         self.root = root
         self.files = files or FileSystem()
         self.blobs = BlobStore(root, files=self.files)
-        self.log = AuditLog(root / "log", temporary=root / "tmp", files=self.files, clock=clock)
+        self.log = AuditLog(root / "log", blobs=self.blobs, files=self.files, clock=clock)
         self.index = Index(root / _INDEX_NAME, busy_seconds=busy_seconds)
         self._prepared = False
 

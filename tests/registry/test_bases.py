@@ -151,5 +151,5 @@ def test_routing_artefacts_must_be_what_they_are_declared_to_be(
 
 
 def test_routing_artefacts_need_a_base(registry: Registry, tmp_path: Path) -> None:
-    with pytest.raises(UnknownNameError, match="^Unknown base 'nano'"):
+    with pytest.raises(UnknownNameError, match=r"^Unknown base 'nano'"):
         registry.set_base_routing("nano", tmp_path, RoutingInfo())

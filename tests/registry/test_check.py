@@ -16,14 +16,24 @@ from registry.index import select_all
 from registry.replay import TABLES
 
 
+@pytest.fixture(scope="module")
+def library_folder(
+    build_library: Any, make_expert: Any, tmp_path_factory: pytest.TempPathFactory, write_routing: Any
+) -> Path:
+    def fill(registry: Registry) -> None:
+        registry.register(make_expert("acme/contracts", seed=1, routing=True))
+        folder = tmp_path_factory.mktemp("routing")
+        registry.set_base_routing("pico", folder, write_routing(folder, seed=5))
+        registry.register(make_expert("acme/contracts", version=2, seed=2))
+        registry.register(make_expert("hosp/icd", seed=3))
+        registry.opt_out("acme", reason="left", by="ann")
+
+    return build_library(fill)
+
+
 @pytest.fixture
-def library(registry: Registry, make_expert: Any, tmp_path: Path, write_routing: Any) -> Registry:
-    registry.register(make_expert("acme/contracts", seed=1, routing=True))
-    registry.set_base_routing("pico", tmp_path / "routing", write_routing(tmp_path / "routing", seed=5))
-    registry.register(make_expert("acme/contracts", version=2, seed=2))
-    registry.register(make_expert("hosp/icd", seed=3))
-    registry.opt_out("acme", reason="left", by="ann")
-    return registry
+def library(library_folder: Path, open_copy: Any) -> Registry:
+    return open_copy(library_folder)
 
 
 def rows(registry: Registry) -> dict[str, list[tuple[Any, ...]]]:
@@ -80,7 +90,7 @@ def test_one_expert_is_verified_alone(library: Registry) -> None:
         ("adapter_config.json", "ok"),
         ("adapter_model.safetensors", "altered"),
     ]
-    with pytest.raises(UnknownNameError, match="^Unknown expert 'hosp/idc'"):
+    with pytest.raises(UnknownNameError, match=r"^Unknown expert 'hosp/idc'"):
         library.verify("hosp/idc")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,20 +12,27 @@ from experts.errors import RegistryError, UnknownNameError
 from registry import ConsentRecord, OptOut, Registry
 
 
+@pytest.fixture(scope="module")
+def library_folder(build_library: Any, make_expert: Any) -> Path:
+    def fill(registry: Registry) -> None:
+        for name in ("acme/contracts", "hosp/icd", "soft/python"):
+            registry.register(make_expert(name))
+
+    return build_library(fill)
+
+
 @pytest.fixture
-def library(registry: Registry, make_expert: Any) -> Registry:
-    for name in ("acme/contracts", "hosp/icd", "soft/python"):
-        registry.register(make_expert(name))
-    return registry
+def library(library_folder: Path, open_copy: Any) -> Registry:
+    return open_copy(library_folder)
 
 
 def test_out_and_in_and_out_again(library: Registry) -> None:
     first = library.opt_out("acme", reason="contract ended", by="ann")
-    assert first == OptOut(owner="acme", when="2026-01-31T12:03:00Z", who="ann", reason="contract ended")
+    assert first == OptOut(owner="acme", when="2026-01-31T13:00:00Z", who="ann", reason="contract ended")
     assert library.opt_outs() == [first]
     back = library.opt_in("acme", reason="renewed", by="bob")
     assert back == ConsentRecord(
-        sequence=6, owner="acme", action="opt_in", when="2026-01-31T12:04:00Z", who="bob", reason="renewed"
+        sequence=6, owner="acme", action="opt_in", when="2026-01-31T13:01:00Z", who="bob", reason="renewed"
     )
     assert library.opt_outs() == []
     again = library.opt_out("acme", reason="ended again", by="ann")
@@ -32,9 +40,9 @@ def test_out_and_in_and_out_again(library: Registry) -> None:
     history = library.opt_out_history()
     assert history[1] == back
     assert [(record.action, record.who, record.reason, record.when) for record in history] == [
-        ("opt_out", "ann", "contract ended", "2026-01-31T12:03:00Z"),
-        ("opt_in", "bob", "renewed", "2026-01-31T12:04:00Z"),
-        ("opt_out", "ann", "ended again", "2026-01-31T12:05:00Z"),
+        ("opt_out", "ann", "contract ended", "2026-01-31T13:00:00Z"),
+        ("opt_in", "bob", "renewed", "2026-01-31T13:01:00Z"),
+        ("opt_out", "ann", "ended again", "2026-01-31T13:02:00Z"),
     ]
     assert library.owners() == {"acme", "hosp", "soft"}
 
@@ -64,7 +72,7 @@ def test_opting_out_twice_says_who_when_and_why(library: Registry) -> None:
     with pytest.raises(RegistryError) as caught:
         library.opt_out("acme", reason="once more", by="bob")
     assert str(caught.value) == (
-        "'acme' is opted out already: since 2026-01-31T12:03:00Z, by ann, because: contract ended. Nothing "
+        "'acme' is opted out already: since 2026-01-31T13:00:00Z, by ann, because: contract ended. Nothing "
         "was changed."
     )
     assert len(library.opt_out_history()) == 1

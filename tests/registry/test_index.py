@@ -57,13 +57,12 @@ def test_a_writer_holds_the_lock_from_the_start(registry_folder: Path) -> None:
 
 
 def test_a_busy_registry_says_so(registry_folder: Path) -> None:
-    waiting = Storage(registry_folder, busy_seconds=0.01)
+    waiting = Registry(registry_folder, busy_seconds=0.01)
     with Storage(registry_folder).write(doing="holding it"), pytest.raises(RegistryError) as caught:
-        with waiting.write(doing="trying"):
-            pass
+        waiting.opt_out("acme", reason="x")
     assert str(caught.value) == (
-        f"The registry '{registry_folder}' was busy for too long while trying: another process holds its "
-        "write lock. Nothing was changed: try again when that process is done."
+        f"The registry '{registry_folder}' was busy for too long while opting out 'acme': another process "
+        "holds its write lock. Nothing was changed: try again when that process is done."
     )
 
 
@@ -174,10 +173,14 @@ def test_a_full_database_is_explained(registry: Registry) -> None:
         connection.exec_driver_sql("PRAGMA max_page_count = 1")
 
     sa.event.listen(registry._storage.index.engine, "begin", shrink, insert=True)
-    storage = registry._storage
-    with pytest.raises(RegistryError) as caught, storage.write(doing="writing much") as connection:
+
+    def write_much() -> None:
         detail = {"who": "ann", "reason": "r" * 100_000}
-        storage.record(connection, "consent.opt_out", subject="acme", detail=detail)
+        with registry._storage.write(doing="writing much") as connection:
+            registry._storage.record(connection, "consent.opt_out", subject="acme", detail=detail)
+
+    with pytest.raises(RegistryError) as caught:
+        write_much()
     assert str(caught.value) == (
         f"No space left for the registry '{registry.path}' while writing much. Nothing was changed: free "
         "some space and try again."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,13 +11,20 @@ from experts.errors import UnknownNameError
 from registry import Registry
 
 
+@pytest.fixture(scope="module")
+def library_folder(build_library: Any, make_expert: Any) -> Path:
+    def fill(registry: Registry) -> None:
+        registry.register(make_expert("acme/contracts", version=1, domain="law", seed=1))
+        registry.register(make_expert("acme/contracts", version=2, domain="law", seed=2))
+        registry.register(make_expert("acme/python", domain="code", seed=3))
+        registry.register(make_expert("hosp/icd", version=7, domain="medicine", seed=4))
+
+    return build_library(fill)
+
+
 @pytest.fixture
-def library(registry: Registry, make_expert: Any, base_folder: Any) -> Registry:
-    registry.register(make_expert("acme/contracts", version=1, domain="law", seed=1))
-    registry.register(make_expert("acme/contracts", version=2, domain="law", seed=2))
-    registry.register(make_expert("acme/python", domain="code", seed=3))
-    registry.register(make_expert("hosp/icd", version=7, domain="medicine", seed=4))
-    return registry
+def library(library_folder: Path, open_copy: Any) -> Registry:
+    return open_copy(library_folder)
 
 
 def refs(library: Registry, **filters: Any) -> list[str]:
