@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pipelines.train.loop import LoopResult
     from registry import Registry
 
-__all__ = ["train_job"]
+__all__ = ["check_job", "train_job"]
 
 
 _CARD_METRICS = ("held_out_nll", "anchor_held_out_nll")
@@ -84,8 +84,6 @@ def train_job(
         TrainingError: The loss stopped being finite.
         KeyboardInterrupt: Passed on, after a checkpoint.
     """
-    if out.exists():
-        raise CoterieError(f"'{out}' exists already. Choose another folder for {job.name}, or remove it.")
     if version is None:
         version = registry.next_version(job.name) if registry else 1
     report = _Reporter(job.name, progress)
@@ -93,7 +91,7 @@ def train_job(
     with ExitStack() as stack:
         stack.enter_context(_only_one(job))
         base = base or stack.enter_context(resolve_base(job.base, registry=registry))
-        _check_card_fields(job, base=base, version=version)
+        check_job(job, base=base, version=version, out=out)
         stack.enter_context(_threads(threads))
         run = _train(job, base=base, report=report)
         report("packing", force=True)
@@ -239,10 +237,18 @@ def _training_info(job: DomainJob) -> TrainingInfo:
     )
 
 
-def _check_card_fields(job: DomainJob, *, base: ResolvedBase, version: int) -> None:
-    """Make the card with a made-up file, so that a field it refuses is known before the training, not after."""
+def check_job(job: DomainJob, *, base: ResolvedBase, version: int, out: Path) -> None:
+    """Find out before the training what would otherwise fail after it.
+
+    Raises:
+        CoterieError: ``out`` exists.
+        ManifestError: The base does not have the job's layers.
+        CardError: A field that the card refuses; it is tried with a made-up file.
+    """
     from experts.card import ExpertCard, FileEntry
 
+    if out.exists():
+        raise CoterieError(f"'{out}' exists already. Choose another folder for {job.name}, or remove it.")
     ExpertCard.create(
         format_version=1,
         library_version="0",

@@ -1,0 +1,333 @@
+"""Runs jobs of one or several owners and gathers what they may say: the experts' folders and a few numbers.
+
+Knows processes, pipes and the allow-list; never opens an owner's text. With Ray each owner has a process and a
+Ray of its own; locally the jobs run here, one after the other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from experts.errors import CoterieError, ManifestError, TrainingError
+from pipelines.train.anchor import ResolvedBase, resolve_base
+from pipelines.train.job import DomainJob
+from pipelines.train.progress import Progress, ProgressFn, error_name
+
+if TYPE_CHECKING:
+    from registry import Registry
+
+__all__ = ["JobOutcome", "raise_failures", "train_jobs"]
+
+_STOP_SECONDS = 30.0
+"""How long agents may take to store checkpoints and stop their Ray before they are killed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobOutcome:
+    """How one job ended.
+
+    Attributes:
+        name: The expert's name.
+        folder: The packed expert, ready for `Registry.register`; None if there is none.
+        error: Class name of what went wrong.
+        message: What went wrong, where the job ran in this process; None where it ran sealed.
+        log: The owner's full log.
+        final: The last report.
+    """
+
+    name: str
+    folder: Path | None
+    error: str | None
+    message: str | None
+    log: Path
+    final: Progress
+
+
+def raise_failures(outcomes: Sequence[JobOutcome]) -> None:
+    """Raise one `TrainingError` for all jobs that failed, if any did."""
+    failed = [outcome for outcome in outcomes if outcome.error]
+    if failed:
+        raise TrainingError(
+            f"{len(failed)} of {len(outcomes)} jobs failed.",
+            problems=[
+                f"{outcome.name}: {outcome.message or f'{outcome.error}; the owner reads {outcome.log}'}"
+                for outcome in failed
+            ],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Task:
+    job: DomainJob
+    base: ResolvedBase
+    out: Path
+    version: int
+
+
+def train_jobs(
+    jobs: Sequence[DomainJob],
+    *,
+    out_dir: Path,
+    registry: Registry | None = None,
+    runner: Literal["ray", "local"] = "ray",
+    progress: ProgressFn | None = None,
+    threads: int | None = None,
+) -> list[JobOutcome]:
+    """Train every job; one that fails does not stop the others.
+
+    Args:
+        jobs: Of any number of owners.
+        out_dir: Receives ``owner/expert`` for each job.
+        registry: Where base names are looked up, and the next version numbers.
+        runner: ``ray``: a process and a Ray for each owner, side by side; ``local``: here, one after the other.
+        progress: Called with every report, in this thread.
+        threads: Threads of each owner; by default the cores are shared out.
+
+    Returns:
+        One outcome a job, in their order.
+
+    Raises:
+        CoterieError: Before anything starts: a job's base, layers, card or output folder is not usable.
+        KeyboardInterrupt: After all agents have stored checkpoints and stopped.
+    """
+    with ExitStack() as stack:
+        tasks = _prepare(jobs, out_dir=out_dir, registry=registry, stack=stack)
+        if runner == "local":
+            return [_run_here(task, progress=progress, threads=threads) for task in tasks]
+        return _run_agents(tasks, progress=progress, threads=threads)
+
+
+def _prepare(
+    jobs: Sequence[DomainJob], *, out_dir: Path, registry: Registry | None, stack: ExitStack
+) -> list[_Task]:
+    """Check everything that can be known before the first process starts."""
+    from pipelines.train.worker import check_job
+
+    if not jobs:
+        raise ManifestError("There is no job to train. Name one job file at least.")
+    names = [job.name for job in jobs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ManifestError(f"Several jobs train {', '.join(twice)}. Give each expert a name of its own.")
+    bases: dict[str, ResolvedBase] = {}
+    tasks = []
+    for job in jobs:
+        if job.base not in bases:
+            bases[job.base] = stack.enter_context(resolve_base(job.base, registry=registry))
+        out = out_dir.absolute() / job.name
+        version = registry.next_version(job.name) if registry else 1
+        check_job(job, base=bases[job.base], version=version, out=out)
+        tasks.append(_Task(job=job, base=bases[job.base], out=out, version=version))
+    return tasks
+
+
+def _run_here(task: _Task, *, progress: ProgressFn | None, threads: int | None) -> JobOutcome:
+    from pipelines.train.worker import train_job
+
+    latest = Progress(name=task.job.name)
+
+    def keep(report: Progress) -> None:
+        nonlocal latest
+        latest = report
+        if progress:
+            progress(report)
+
+    error: Exception | None = None
+    try:
+        train_job(
+            task.job, out=task.out, base=task.base, version=task.version, progress=keep, threads=threads
+        )
+    except CoterieError as failure:
+        error = failure
+        keep(Progress(name=task.job.name, stage="failed", error=error_name(failure)))
+    except KeyboardInterrupt:
+        keep(Progress(name=task.job.name, stage="stopped"))
+        raise
+    return JobOutcome(
+        name=task.job.name,
+        folder=None if error else task.out,
+        error=error_name(error) if error else None,
+        message=str(error) if error else None,
+        log=task.job.log_path,
+        final=latest,
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class _Agent:
+    """The hub's side of one owner's process."""
+
+    tasks: list[_Task]
+    folder: Path
+    process: subprocess.Popen[bytes]
+    latest: list[Progress]
+    buffer: bytes = b""
+    problems: list[str] = field(default_factory=list)
+
+    def feed(self, data: bytes) -> Iterator[Progress]:
+        """Reports in newly read bytes; a line that is not on the lists is dropped and the agent distrusted."""
+        *lines, self.buffer = (self.buffer + data).split(b"\n")
+        for line in lines:
+            number, _, body = line.partition(b" ")
+            try:
+                index = int(number)
+                report = Progress.from_line(body, name=self.tasks[index].job.name)
+            except (ValueError, IndexError):
+                self.problems.append("ValueError")
+                continue
+            self.latest[index] = report
+            yield report
+
+    def tell_to_stop(self) -> None:
+        """Ask for a checkpoint and an orderly end."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(b"stop\n")
+            self.process.stdin.flush()
+        except (BrokenPipeError, ValueError):
+            return
+
+    def end(self, *, deadline: float) -> None:
+        """Wait for the process, kill its group if it outstays the deadline, remove its temporary folder."""
+        try:
+            self.process.wait(timeout=max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            self._kill()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _kill(self) -> None:
+        """The agent and everything below it; Ray's own processes die with the agent by the kernel's hand too."""
+        import psutil
+
+        try:
+            family = [
+                *psutil.Process(self.process.pid).children(recursive=True),
+                psutil.Process(self.process.pid),
+            ]
+        except psutil.NoSuchProcess:
+            return
+        for member in family:
+            try:
+                member.kill()
+            except psutil.NoSuchProcess:
+                continue
+        self.process.wait()
+
+
+def _by_owner(tasks: Sequence[_Task]) -> dict[str, list[_Task]]:
+    owners: dict[str, list[_Task]] = {}
+    for task in tasks:
+        owners.setdefault(task.job.owner, []).append(task)
+    return owners
+
+
+def _run_agents(
+    tasks: Sequence[_Task], *, progress: ProgressFn | None, threads: int | None
+) -> list[JobOutcome]:
+    owners = _by_owner(tasks)
+    share = threads or max(1, (os.cpu_count() or 1) // len(owners))
+    agents: list[_Agent] = []
+    with _stopping(agents):
+        for owned in owners.values():
+            agents.append(_start_agent(owned, threads=share))
+        _listen(agents, progress=progress)
+    outcomes = {outcome.name: outcome for agent in agents for outcome in _outcomes(agent)}
+    return [outcomes[task.job.name] for task in tasks]
+
+
+def _start_agent(tasks: list[_Task], *, threads: int) -> _Agent:
+    # a short name directly under the temporary folder: Ray's sockets live below it, and a socket's path may
+    # not exceed 107 bytes
+    folder = Path(tempfile.mkdtemp(prefix="coterie-"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.train.agent"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    request = {
+        "orders": [
+            {
+                "job": task.job.model_dump_json(),
+                "base": task.base.to_json(),
+                "out": str(task.out),
+                "version": task.version,
+            }
+            for task in tasks
+        ],
+        "folder": str(folder),
+        "threads": threads,
+    }
+    agent = _Agent(
+        tasks=tasks,
+        folder=folder,
+        process=process,
+        latest=[Progress(name=task.job.name) for task in tasks],
+    )
+    assert process.stdin is not None
+    try:
+        process.stdin.write(json.dumps(request).encode() + b"\n")
+        process.stdin.flush()
+    except BrokenPipeError:
+        agent.problems.append("BrokenPipeError")
+    return agent
+
+
+@contextmanager
+def _stopping(agents: list[_Agent]) -> Iterator[None]:
+    """End every agent with the block, however it ends; interrupted, give them time for a checkpoint."""
+    try:
+        yield
+    finally:
+        for agent in agents:
+            if agent.process.poll() is None:
+                agent.tell_to_stop()
+        deadline = time.monotonic() + _STOP_SECONDS
+        for agent in agents:
+            agent.end(deadline=deadline)
+
+
+def _listen(agents: Sequence[_Agent], *, progress: ProgressFn | None) -> None:
+    """Pass reports on until every agent has closed its pipe."""
+    with selectors.DefaultSelector() as selector:
+        for agent in agents:
+            assert agent.process.stdout is not None
+            selector.register(agent.process.stdout, selectors.EVENT_READ, agent)
+        while selector.get_map():
+            for key, _ in selector.select():
+                agent = key.data
+                data = os.read(key.fd, 1 << 16)
+                if not data:
+                    selector.unregister(key.fileobj)
+                for report in agent.feed(data):
+                    if progress:
+                        progress(report)
+
+
+def _outcomes(agent: _Agent) -> Iterator[JobOutcome]:
+    for task, final in zip(agent.tasks, agent.latest, strict=True):
+        done = final.stage == "done" and not agent.problems and task.out.is_dir()
+        error = None if done else final.error or (agent.problems or [TrainingError.__name__])[0]
+        yield JobOutcome(
+            name=task.job.name,
+            folder=task.out if done else None,
+            error=error,
+            message=None,
+            log=task.job.log_path,
+            final=final,
+        )
