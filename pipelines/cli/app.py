@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from pipelines.cli import audit, base, catalog, compose, consent, enrol, run
+from pipelines.cli import audit, base, catalog, compose, consent, enrol, run, train
 from pipelines.cli.errors import guarded
 from pipelines.cli.options import RegistryOption, examples
 
@@ -76,8 +76,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=examples(
         "coterie base add ./smollm2 --name smollm2",
-        "coterie train job.yaml --out experts",
-        "coterie register experts/acme/contracts",
+        "coterie train job.yaml --out trained",
+        "coterie register trained/acme/contracts",
         "coterie plan manifest.yaml",
         "coterie build manifest.yaml composed",
         "coterie generate composed --prompt 'The licensee shall' --opt-out acme",
@@ -108,6 +108,7 @@ def root(
 
 
 app.add_typer(base.group, name="base")
+app.command("train", epilog=train.EXAMPLES)(train.train)
 app.command("register", epilog=enrol.EXAMPLES)(enrol.register)
 app.command("list", epilog=catalog.LIST_EXAMPLES)(catalog.list_experts)
 app.command("show", epilog=catalog.SHOW_EXAMPLES)(catalog.show)

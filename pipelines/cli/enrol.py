@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["register"]
 
 EXAMPLES = examples(
-    "coterie register experts/acme/contracts",
+    "coterie register trained/acme/contracts",
     "coterie register ./adapter --name acme/contracts --domain law --license Apache-2.0",
     "coterie register ./adapter --name acme/contracts --domain law --license MIT --text own.jsonl",
     "coterie register ./adapter --name acme/contracts --domain law --license MIT --dry-run",
@@ -298,7 +298,7 @@ def _base(store: Registry, name: str | None) -> BaseRecord:
 def _with_statistics(
     path: Path, scratch: Path, *, base: BaseRecord, store: Registry, text: list[Path]
 ) -> tuple[Path, RoutingInfo]:
-    """Copy the raw folder and put statistics of ``text`` beside its weights."""
+    """Copy the raw folder and put statistics of ``text`` beside its weights, taken where the base's public ones are."""
     from experts.kinds import detect_kind
     from experts.routing_artifacts import RoutingInfo
     from pipelines.train import public_routing
@@ -310,9 +310,20 @@ def _with_statistics(
     raw = scratch / "raw"
     shutil.copytree(path, raw)
     kind = detect_kind(raw)
-    first = min(kind.layers(kind.read_config(raw / kind.config_file), base.description))
+    public = base.routing.statistics if base.routing else None
+    layer = (
+        public.layer
+        if public
+        else min(kind.layers(kind.read_config(raw / kind.config_file), base.description))
+    )
     with resolve_base(base.name, registry=store) as resolved:
-        made = public_routing(resolved, documents, out=scratch / "routing", layer=first)
+        made = public_routing(
+            resolved,
+            documents,
+            out=scratch / "routing",
+            layer=layer,
+            normalization=public.normalization if public else "rms",
+        )
     info = RoutingInfo.model_validate_json((made / INFO_FILE).read_bytes())
     shutil.copyfile(made / info.file, raw / info.file)
     return raw, info

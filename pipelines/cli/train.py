@@ -1,0 +1,137 @@
+"""``coterie train``: owners' training jobs on the command line.
+
+Knows job files, the live table and how jobs ended; training and Ray are the business of ``pipelines.train``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from experts.errors import ManifestError
+from pipelines.cli.board import job_board
+from pipelines.cli.errors import resumable, writing_to
+from pipelines.cli.options import JsonOption, RegistryOption, examples, open_registry
+from pipelines.cli.output import human_count, print_json, print_table
+
+if TYPE_CHECKING:
+    from pipelines.train import DomainJob
+    from pipelines.train.hub import JobOutcome
+
+__all__ = ["train"]
+
+EXAMPLES = examples(
+    "coterie train job.yaml",
+    "coterie train jobs/*.yaml --out trained",
+    "coterie train job.yaml --local --threads 2",
+)
+
+
+def train(
+    context: typer.Context,
+    jobs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="JOB...", help="Job files (YAML), of one or several owners.", show_default=False
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FOLDER", help="Receives OWNER/EXPERT for each job.")
+    ] = Path("trained"),
+    local: Annotated[
+        bool, typer.Option("--local", help="Train in this process, one job after the other, without Ray.")
+    ] = False,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            "--threads",
+            min=1,
+            metavar="N",
+            help="Threads of each owner; by default all cores, shared out.",
+            show_default=False,
+        ),
+    ] = None,
+    registry: RegistryOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train owners' experts where their text is.
+
+    Each owner gets a process and a Ray of its own, side by side; what comes back is an expert's folder and a
+    few numbers. A job that was stopped resumes from its last checkpoint when it is started again.
+    """
+    from pipelines.train.hub import raise_failures, train_jobs
+
+    loaded = _load(jobs)
+    with (
+        writing_to(out),
+        resumable("finished experts and the last checkpoints are kept; the same command goes on from there."),
+        job_board([job.name for job in loaded]) as report,
+    ):
+        outcomes = train_jobs(
+            loaded,
+            out_dir=out,
+            registry=open_registry(context, registry),
+            runner="local" if local else "ray",
+            progress=report,
+            threads=threads,
+        )
+    if as_json:
+        print_json([_row(outcome) for outcome in outcomes])
+    else:
+        _print(outcomes)
+    raise_failures(outcomes)
+
+
+def _load(paths: Sequence[Path]) -> list[DomainJob]:
+    """Read every job file; all mistakes of all files are reported together."""
+    from pipelines.train import DomainJob
+
+    loaded, mistakes = [], []
+    for path in paths:
+        try:
+            loaded.append(DomainJob.from_file(path))
+        except ManifestError as error:
+            mistakes.append(error)
+    if len(mistakes) == 1:
+        raise mistakes[0]
+    if mistakes:
+        raise ManifestError(
+            f"{len(mistakes)} job files have mistakes:", problems=[str(error) for error in mistakes]
+        )
+    return loaded
+
+
+def _row(outcome: JobOutcome) -> dict[str, Any]:
+    return {
+        "name": outcome.name,
+        "folder": str(outcome.folder) if outcome.folder else None,
+        "error": outcome.error,
+        "message": outcome.message,
+        "log": str(outcome.log),
+        "scalars": dict(outcome.final.scalars),
+    }
+
+
+def _print(outcomes: Sequence[JobOutcome]) -> None:
+    rows = []
+    for outcome in outcomes:
+        scalars = outcome.final.scalars
+        rows.append(
+            (
+                outcome.name,
+                human_count(int(scalars["tokens"])) if "tokens" in scalars else None,
+                scalars.get("tokens_per_second"),
+                scalars.get("anchor_held_out_nll"),
+                scalars.get("held_out_nll"),
+                outcome.folder or f"failed: {outcome.error}",
+            )
+        )
+    print_table(
+        rows,
+        columns=("EXPERT", "TOKENS", "TOKENS/S", "ANCHOR NLL", "EXPERT NLL", "FOLDER"),
+        empty="No job.",
+        right=("TOKENS", "TOKENS/S", "ANCHOR NLL", "EXPERT NLL"),
+    )
