@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from experts.errors import TrainingError
 from pipelines.train.agent_task import TaskRequest
 from pipelines.train.anchor import ResolvedBase
+from pipelines.train.finished import mark_finished
 from pipelines.train.job import DomainJob
 from pipelines.train.progress import Progress, error_name
 from pipelines.train.sealed import SealedResult, private_log
@@ -168,6 +169,7 @@ def _finish(order: Order, result: SealedResult, *, outbox: Path) -> Progress:
     if error is None:
         try:
             release(order, outbox=outbox)
+            mark_finished(order.job, out=order.out)
             return Progress(name=order.job.name, stage="done", scalars=result.scalars)
         except Exception as failure:
             error = error_name(failure)

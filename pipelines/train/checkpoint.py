@@ -7,7 +7,6 @@ not a tensor is JSON in the file's metadata.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-__all__ = ["TrainingState", "load_checkpoint", "save_checkpoint", "write_atomically"]
+from experts.files import write_atomic
+
+__all__ = ["TrainingState", "load_checkpoint", "save_checkpoint"]
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -35,25 +36,6 @@ class TrainingState:
     seconds: float
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside, fsync, rename, fsync the folder: ``path`` is the old bytes or the new ones, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def save_checkpoint(
     path: Path, *, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, state: TrainingState
 ) -> None:
@@ -63,7 +45,7 @@ def save_checkpoint(
         tensors[f"parameter.{number}"] = parameter.detach()
         for moment in _MOMENTS:
             tensors[f"{moment}.{number}"] = optimizer.state[parameter][moment]
-    write_atomically(path, save(tensors, metadata={"state": json.dumps(asdict(state))}))
+    write_atomic(path, save(tensors, metadata={"state": json.dumps(asdict(state))}))
 
 
 def load_checkpoint(

@@ -26,7 +26,7 @@ from pipelines.train.routing import (
     embedding_rows,
     ffn_input_rows,
     ffn_modules,
-    public_rows,
+    published_rows,
     random_rows,
     rows_digest,
     statistics_tensors,
@@ -125,7 +125,7 @@ class ExpertRun:
     def _starting_rows(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """The frozen public rows and the owner's, by layer."""
         routing = self.base.routing()
-        public = public_rows(routing, self.layers)
+        public = published_rows(routing, self.layers)
         if public is None and self._row_init != "random" and self.corpus.public is None:
             raise ManifestError(
                 "coordination needs a public row: the base has no public routing artefact with rows for layers "

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Literal
 
 from experts.errors import CoterieError, ManifestError, TrainingError
 from pipelines.train.anchor import ResolvedBase, resolve_base
+from pipelines.train.finished import is_finished, mark_finished
 from pipelines.train.job import DomainJob
 from pipelines.train.progress import Progress, ProgressFn, error_name
 
@@ -87,6 +88,9 @@ def train_jobs(
 ) -> list[JobOutcome]:
     """Train every job; one that fails does not stop the others.
 
+    A job whose expert lies in ``out_dir`` already, made of the same text, is not trained again: after an
+    interruption the same call goes on where it stopped.
+
     Args:
         jobs: Of any number of owners.
         out_dir: Receives ``owner/expert`` for each job.
@@ -104,9 +108,17 @@ def train_jobs(
     """
     with ExitStack() as stack:
         tasks = _prepare(jobs, out_dir=out_dir, registry=registry, stack=stack)
+        kept = [
+            _kept(job, out_dir=out_dir, progress=progress)
+            for job in jobs
+            if is_finished(job, out=out_dir / job.name)
+        ]
         if runner == "local":
-            return [_run_here(task, progress=progress, threads=threads) for task in tasks]
-        return _run_agents(tasks, progress=progress, threads=threads)
+            trained = [_run_here(task, progress=progress, threads=threads) for task in tasks]
+        else:
+            trained = _run_agents(tasks, progress=progress, threads=threads)
+    outcomes = {outcome.name: outcome for outcome in [*kept, *trained]}
+    return [outcomes[job.name] for job in jobs]
 
 
 def _prepare(
@@ -123,6 +135,8 @@ def _prepare(
     bases: dict[str, ResolvedBase] = {}
     tasks = []
     for job in jobs:
+        if is_finished(job, out=out_dir / job.name):
+            continue
         if job.base not in bases:
             bases[job.base] = stack.enter_context(resolve_base(job.base, registry=registry))
         out = out_dir.absolute() / job.name
@@ -130,6 +144,20 @@ def _prepare(
         check_job(job, base=bases[job.base], version=version, out=out)
         tasks.append(_Task(job=job, base=bases[job.base], out=out, version=version))
     return tasks
+
+
+def _kept(job: DomainJob, *, out_dir: Path, progress: ProgressFn | None) -> JobOutcome:
+    final = Progress(name=job.name, stage="done")
+    if progress:
+        progress(final)
+    return JobOutcome(
+        name=job.name,
+        folder=out_dir.absolute() / job.name,
+        error=None,
+        message=None,
+        log=job.log_path,
+        final=final,
+    )
 
 
 def _run_here(task: _Task, *, progress: ProgressFn | None, threads: int | None) -> JobOutcome:
@@ -148,6 +176,7 @@ def _run_here(task: _Task, *, progress: ProgressFn | None, threads: int | None) 
         train_job(
             task.job, out=task.out, base=task.base, version=task.version, progress=keep, threads=threads
         )
+        mark_finished(task.job, out=task.out)
     except CoterieError as failure:
         error = failure
         keep(Progress(name=task.job.name, stage="failed", error=error_name(failure)))
@@ -238,6 +267,8 @@ def _by_owner(tasks: Sequence[_Task]) -> dict[str, list[_Task]]:
 def _run_agents(
     tasks: Sequence[_Task], *, progress: ProgressFn | None, threads: int | None
 ) -> list[JobOutcome]:
+    if not tasks:
+        return []
     owners = _by_owner(tasks)
     share = threads or max(1, (os.cpu_count() or 1) // len(owners))
     agents: list[_Agent] = []

@@ -50,7 +50,7 @@ class StatisticsSum:
     """Adds up n, the sum of x and the sum of x xT over batches of states, in float64.
 
     Args:
-        normalization: ``rms``: each state is divided by its root mean square, ``x / sqrt(mean(x^2) + 1e-12)``.
+        normalization: ``rms``: each state is divided by its root mean square, ``x / sqrt(mean(x^2) + 1e-6)``.
         skip_first: Leave out position 0 of every window.
     """
 
@@ -64,7 +64,7 @@ class StatisticsSum:
         kept = states[:, 1:] if self.skip_first else states
         x = kept.reshape(-1, kept.shape[-1]).float()
         if self.normalization == "rms":
-            x = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-12)
+            x = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-6)
         wide = x.double()
         part = Statistics(
             count=float(len(wide)), sum=wide.sum(dim=0).numpy(), scatter=(wide.T @ wide).numpy()
@@ -160,7 +160,10 @@ def _projection(width: int, hidden_size: int) -> Tensor:
 
 
 def rows_digest(rows: Mapping[int, Tensor]) -> str:
-    """sha256 over layer numbers and float32 bytes, ascending by layer: which public rows were trained against."""
+    """sha256 over layer numbers and float32 bytes, ascending by layer: which public rows were trained against.
+
+    Taken over all rows of a public artefact, so that owners who train different layers agree on it.
+    """
     digest = hashlib.sha256()
     for layer in sorted(rows):
         digest.update(f"{layer}:".encode())
@@ -168,11 +171,14 @@ def rows_digest(rows: Mapping[int, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def public_rows(routing: RoutingArtifacts | None, layers: Sequence[int]) -> dict[int, Tensor] | None:
-    """The rows of a public artefact for ``layers``; None where it lacks one of them."""
+def published_rows(routing: RoutingArtifacts | None, layers: Sequence[int]) -> dict[int, Tensor] | None:
+    """Every row of a public artefact; None where it lacks one of ``layers``."""
     if routing is None or routing.info.rows is None or not set(layers) <= set(routing.info.rows.layers):
         return None
-    return {layer: torch.from_numpy(np.array(routing.row(layer)[0], dtype=np.float32)) for layer in layers}
+    numbers = routing.info.rows.layers
+    return {
+        number: torch.from_numpy(np.array(routing.row(number)[0], dtype=np.float32)) for number in numbers
+    }
 
 
 def statistics_tensors(statistics: Statistics) -> dict[str, NDArray[np.floating]]:

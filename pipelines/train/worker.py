@@ -56,6 +56,7 @@ def train_job(
     job: DomainJob,
     *,
     out: Path,
+    workdir: Path | None = None,
     base: ResolvedBase | None = None,
     registry: Registry | None = None,
     version: int | None = None,
@@ -70,6 +71,7 @@ def train_job(
     Args:
         job: The job; its paths are read in this process.
         out: The folder to create; receives the packed expert, whole or not at all.
+        workdir: The owner's private folder, in the place of the job's own.
         base: The anchor, if it is already at hand; otherwise ``job.base`` is looked up.
         registry: Where base names are looked up, and the next version number.
         version: The expert's version; by default the registry's next, or 1 without a registry.
@@ -84,6 +86,8 @@ def train_job(
         TrainingError: The loss stopped being finite.
         KeyboardInterrupt: Passed on, after a checkpoint.
     """
+    if workdir is not None:
+        job = job.model_copy(update={"workdir": workdir})
     if version is None:
         version = registry.next_version(job.name) if registry else 1
     report = _Reporter(job.name, progress)
