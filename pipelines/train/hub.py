@@ -107,12 +107,11 @@ def train_jobs(
         KeyboardInterrupt: After all agents have stored checkpoints and stopped.
     """
     with ExitStack() as stack:
-        tasks = _prepare(jobs, out_dir=out_dir, registry=registry, stack=stack)
-        kept = [
-            _kept(job, out_dir=out_dir, progress=progress)
-            for job in jobs
-            if is_finished(job, out=out_dir / job.name)
-        ]
+        _check_names(jobs)
+        finished = [job for job in jobs if is_finished(job, out=out_dir / job.name)]
+        kept = [_kept(job, out_dir=out_dir, progress=progress) for job in finished]
+        pending = [job for job in jobs if job not in finished]
+        tasks = _prepare(pending, out_dir=out_dir, registry=registry, stack=stack)
         if runner == "local":
             trained = [_run_here(task, progress=progress, threads=threads) for task in tasks]
         else:
@@ -121,22 +120,23 @@ def train_jobs(
     return [outcomes[job.name] for job in jobs]
 
 
+def _check_names(jobs: Sequence[DomainJob]) -> None:
+    if not jobs:
+        raise ManifestError("There is no job to train. Name one job file at least.")
+    names = [job.name for job in jobs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ManifestError(f"Several jobs train {', '.join(twice)}. Give each expert a name of its own.")
+
+
 def _prepare(
     jobs: Sequence[DomainJob], *, out_dir: Path, registry: Registry | None, stack: ExitStack
 ) -> list[_Task]:
     """Check everything that can be known before the first process starts."""
     from pipelines.train.worker import check_job
 
-    if not jobs:
-        raise ManifestError("There is no job to train. Name one job file at least.")
-    names = [job.name for job in jobs]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ManifestError(f"Several jobs train {', '.join(twice)}. Give each expert a name of its own.")
     bases: dict[str, ResolvedBase] = {}
     tasks = []
     for job in jobs:
-        if is_finished(job, out=out_dir / job.name):
-            continue
         if job.base not in bases:
             bases[job.base] = stack.enter_context(resolve_base(job.base, registry=registry))
         out = out_dir.absolute() / job.name

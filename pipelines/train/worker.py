@@ -111,7 +111,8 @@ def _only_one(job: DomainJob) -> Iterator[None]:
     """Keep a second run of the same job out."""
     from filelock import FileLock, Timeout
 
-    job.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    job.directory.mkdir(parents=True, exist_ok=True)
+    job.directory.chmod(0o700)  # what lies in it, checkpoints and logs, tells of the data
     lock = FileLock(job.directory / "lock")
     try:
         lock.acquire(timeout=0)
