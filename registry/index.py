@@ -198,7 +198,7 @@ def empty_index() -> Iterator[sa.Connection]:
     """Open a fresh index in memory, in the current schema."""
     engine = sa.create_engine("sqlite://", poolclass=sa.StaticPool)
     with engine.connect() as connection:
-        metadata.create_all(connection)
+        metadata.create_all(connection, checkfirst=False)
         yield connection
     engine.dispose()
 

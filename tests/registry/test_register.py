@@ -154,6 +154,7 @@ def test_an_owner_who_is_out_registers_nothing(registry: Registry, make_expert: 
         "'acme' has opted out: since 2026-01-31T12:01:00Z, by ann, because: left. The registry takes no "
         "expert of this owner until the opt-out is taken back (coterie opt-out remove acme)."
     )
+    assert registry.fsck().orphans == ()  # refused before anything was copied
     registry.opt_in("acme", reason="back", by="ann")
     registry.register(make_expert("acme/other"))
 
