@@ -28,6 +28,7 @@ class StackedFFN(nn.Module):
         hidden_size: d.
         intermediate_size: I.
         gated: Whether there is a gate beside the up-projection.
+        fused: Whether the base model computes gate and up in one product, which decides the last bits of `one`.
         bias: Whether the linears have biases.
         activation: Applied to the gate, or to the up-projection when there is no gate.
         config: Configuration whose ``_experts_implementation`` names the kernel.
@@ -47,6 +48,7 @@ class StackedFFN(nn.Module):
         hidden_size: int,
         intermediate_size: int,
         gated: bool,
+        fused: bool = False,
         bias: bool,
         activation: Callable[[torch.Tensor], torch.Tensor],
         config: Any,
@@ -56,7 +58,7 @@ class StackedFFN(nn.Module):
         super().__init__()
         self.num_experts = num_experts
         self.intermediate_size = intermediate_size
-        self.has_gate, self.has_bias = gated, bias
+        self.has_gate, self.has_bias, self.is_fused = gated, bias, fused
         self.act_fn = activation
         self.config = config
         name = "gate_up_proj" if gated else "up_proj"
@@ -102,7 +104,9 @@ class StackedFFN(nn.Module):
         weight = getattr(self, self.input_name)[index]
         bias = getattr(self, f"{self.input_name}_bias")[index] if self.has_bias else None
         n = self.intermediate_size
-        if self.has_gate:
+        if self.is_fused:
+            hidden = self._apply_gate(F.linear(x, weight, bias))
+        elif self.has_gate:
             gate_bias, up_bias = (None, None) if bias is None else (bias[:n], bias[n:])
             hidden = self.act_fn(F.linear(x, weight[:n], gate_bias)) * F.linear(x, weight[n:], up_bias)
         else:

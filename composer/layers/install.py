@@ -161,6 +161,7 @@ def _stack(
         hidden_size=down.out_features,
         intermediate_size=down.in_features,
         gated=parts.gated,
+        fused="gate_up" in parts.inputs,
         bias=down.bias,
         activation=parts.activation,
         config=model.config,

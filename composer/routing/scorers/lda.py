@@ -28,9 +28,11 @@ def solve_lda(
     """Solve linear discriminants with one shared covariance.
 
     ``S = mean_c (scatter_c / n_c - m_c m_c^T)``, ``S += shrinkage * (tr S / d) I``,
-    ``w_c = S^-1 m_c``, ``b_c = -m_c . w_c / 2 + log prior_c`` (Hastie, Tibshirani, Friedman, The Elements of
-    Statistical Learning, section 4.3; shrinkage towards the identity as in Friedman 1989). Classes weigh alike in
-    ``S``, whatever their size, so that an owner with much text does not set everybody's scale.
+    ``w_c = S^-1 (m_c - m)``, ``b_c = -(m_c + m) . w_c / 2 + log prior_c`` with ``m = mean_c m_c`` (Hastie,
+    Tibshirani, Friedman, The Elements of Statistical Learning, section 4.3; shrinkage towards the identity as in
+    Friedman 1989). Classes weigh alike in ``S``, whatever their size, so that an owner with much text does not set
+    everybody's scale. The book's ``w_c = S^-1 m_c`` differ by a vector common to all classes, which a softmax does
+    not see; left in, it makes large terms that float32 cannot cancel where the states share a large mean.
 
     Args:
         classes: Statistics of the classes, the public one first; at least one.
@@ -47,8 +49,9 @@ def solve_lda(
     covariance = within / len(classes)
     covariance[np.diag_indices(d)] += shrinkage * np.trace(covariance) / d
     means = np.stack([c.mean for c in classes])
-    weights: NDArray[np.float64] = np.linalg.solve(covariance, means.T).T.astype(np.float64)
-    biases: NDArray[np.float64] = -0.5 * np.einsum("cd,cd->c", means, weights)
+    middle = means.mean(axis=0)
+    weights: NDArray[np.float64] = np.linalg.solve(covariance, (means - middle).T).T.astype(np.float64)
+    biases: NDArray[np.float64] = -0.5 * np.einsum("cd,cd->c", means + middle, weights)
     if anchor_prior is not None and len(classes) > 1:
         rest = (1.0 - anchor_prior) / (len(classes) - 1)
         biases += np.log([anchor_prior, *[rest] * (len(classes) - 1)])

@@ -1,0 +1,224 @@
+"""The table behind the suite: one row per plug-in, and the cases that the rows are combined into.
+
+A new scorer, selector, block kind or recipe gets every test of this folder from one row here; a registered plug-in
+without a row fails `test_table.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    import torch
+
+    from composer.model import ComposedForCausalLM
+
+NAN = float("nan")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One plug-in.
+
+    Attributes:
+        poison: ``(plug-in, position)``: fill everything an expert put into it with NaN. A scorer is given the
+            expert's id, a block its local index. None where the plug-in holds nothing of an expert's.
+        router: Settings that the plug-in needs in the manifest's ``router``.
+    """
+
+    poison: Callable[[Any, int], None] | None = None
+    router: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _poison_lda(scorer: Any, expert: int) -> None:
+    from experts.routing_artifacts import Statistics
+
+    known = scorer.statistics[expert]
+    scorer.statistics[expert] = Statistics(count=NAN, sum=known.sum * NAN, scatter=known.scatter * NAN)
+    scorer._solved.clear()
+
+
+def _poison_learned(scorer: Any, expert: int) -> None:
+    scorer.rows.data[scorer.position[expert]] = NAN
+    scorer.bias.data[scorer.position[expert]] = NAN
+
+
+def _poison_low_rank(block: Any, local: int) -> None:
+    for parameter in block.experts[local - 1].parameters():
+        parameter.data.fill_(NAN)
+
+
+def _poison_stacked(block: Any, local: int) -> None:
+    for parameter in block.parameters():
+        parameter.data[local] = NAN
+
+
+def _poison_mixed(block: Any, local: int) -> None:
+    if not hasattr(block, "first_full"):  # on a layer whose experts are of one kind
+        (_poison_low_rank if hasattr(block, "anchor") else _poison_stacked)(block, local)
+    elif local < block.first_full:
+        _poison_low_rank(block.low_rank, local)
+    else:
+        _poison_stacked(block.stacked, local - block.first_full)
+
+
+SCORERS = {"lda": Row(poison=_poison_lda), "learned": Row(poison=_poison_learned)}
+SELECTORS = {"topk": Row()}
+CONTEXTS = {"running_mean": Row(), "token": Row()}
+BLOCKS = {
+    "low_rank": Row(poison=_poison_low_rank),
+    "stacked": Row(poison=_poison_stacked),
+    "mixed": Row(poison=_poison_mixed),
+}
+RECIPES = {"flexolmo": Row()}
+"""Recipes that take experts of the pico registries; each is combined with every other row."""
+
+OTHER_FAMILIES = ("qwen3", "olmo2", "gemma3_text", "gpt_neox", "phi3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One composition that every property must hold for.
+
+    Attributes:
+        absent: The owners that are left out, one at a time, where a test leaves one out.
+        router: The manifest's ``router``.
+    """
+
+    recipe: str
+    family: str
+    block: str
+    scorer: str
+    absent: tuple[str, ...]
+    router: Mapping[str, Any]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Arguments of the pico fixtures."""
+        return {"block": self.block, "family": self.family, "recipe": self.recipe, **self.router}
+
+    def __str__(self) -> str:
+        names = [self.recipe, self.family, self.block, *(str(v) for v in self.router.values())]
+        return "-".join(names)
+
+
+def _router(scorer: str, selector: str, context: str, **more: Any) -> dict[str, Any]:
+    own = {**SCORERS[scorer].router, **SELECTORS[selector].router, **CONTEXTS[context].router}
+    return {"scorer": scorer, "selector": selector, "context": context, **own, **more}
+
+
+def _cases() -> list[Case]:
+    """Every combination on one family, with all owners; every family and block once, with settings in turn."""
+    cases = []
+    owners = ("acme", "bob", "eve")
+    combinations = product(RECIPES, BLOCKS, SCORERS, SELECTORS, CONTEXTS)
+    for i, (recipe, block, scorer, selector, context) in enumerate(combinations):
+        router = _router(scorer, selector, context)
+        cases.append(
+            Case(
+                recipe=recipe,
+                family="llama",
+                block=block,
+                scorer=scorer,
+                absent=owners if context == "running_mean" and block != "mixed" else (owners[i % 3],),
+                router=router,
+            )
+        )
+    scorers, selectors, contexts = list(SCORERS), list(SELECTORS), list(CONTEXTS)
+    for recipe in RECIPES:
+        for i, (family, block) in enumerate(product(OTHER_FAMILIES, BLOCKS)):
+            router = _router(
+                scorers[i % len(scorers)], selectors[i % len(selectors)], contexts[(i // 2) % len(contexts)]
+            )
+            router["top_k"] = 1 + i % 4
+            if family == "olmo2":  # its FFN's output is normed, so it alone can do without
+                router["normalize"] = False
+            cases.append(
+                Case(
+                    recipe=recipe,
+                    family=family,
+                    block=block,
+                    scorer=router["scorer"],
+                    absent=(owners[i % 3],),
+                    router=router,
+                )
+            )
+    return cases
+
+
+CASES = _cases()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give every test that asks for a ``case`` all of them; with ``absent``, each owner in turn."""
+    names = metafunc.fixturenames
+    if "case" not in names:
+        return
+    if "absent" in names:
+        pairs = [(case, owner) for case in CASES for owner in case.absent]
+        metafunc.parametrize(("case", "absent"), pairs, ids=[f"{c}-{o}" for c, o in pairs])
+    else:
+        metafunc.parametrize("case", CASES, ids=str)
+
+
+@pytest.fixture(scope="session")
+def table() -> dict[str, Any]:
+    """The rows by kind of plug-in, and the cases."""
+    return {
+        "scorers": SCORERS,
+        "selectors": SELECTORS,
+        "contexts": CONTEXTS,
+        "blocks": BLOCKS,
+        "recipes": RECIPES,
+        "cases": CASES,
+    }
+
+
+@pytest.fixture
+def model(pico: Any, case: Case) -> ComposedForCausalLM:
+    """The case's model with every owner, shared."""
+    return pico.loaded(**case.settings)
+
+
+@pytest.fixture
+def never(pico: Any, case: Case, absent: str) -> ComposedForCausalLM:
+    """The model that ``absent`` never joined: planned and built from a manifest without their name; shared."""
+    manifest = pico.manifest(**case.settings)
+    kept = [entry.ref for entry in manifest.experts if not entry.ref.startswith(f"{absent}/")]
+    return pico.loaded(**case.settings, experts=kept)
+
+
+@pytest.fixture
+def poison(pico: Any, case: Case) -> Callable[[str], ComposedForCausalLM]:
+    """Load the case's model anew and fill all that an owner put into it with NaN."""
+
+    def load(owner: str) -> ComposedForCausalLM:
+        from composer.layers.moe import MoELayer
+        from composer.loading import load
+        from composer.routing.router import Router
+
+        model = load(pico.composed(**case.settings))
+        expert = 1 + model.owners_of_experts.index(owner)
+        layers = [m for m in model.modules() if isinstance(m, MoELayer) and expert in m.present]
+        routers = [m for m in model.modules() if isinstance(m, Router)]
+        assert layers
+        assert routers
+        for layer in layers:
+            BLOCKS[case.block].poison(layer.experts, 1 + layer.present.index(expert))
+        for router in routers:
+            if router.present is None or expert in router.present:
+                SCORERS[case.scorer].poison(router.scorer, expert)
+        return model
+
+    return load
+
+
+@pytest.fixture
+def ids(pico: Any) -> torch.Tensor:
+    """Four prompts of 24 tokens: one of each owner's domain and one of public text."""
+    return pico.prompts()

@@ -1,0 +1,52 @@
+"""No plug-in without a row: whatever is registered is in the table, and every row is in a case."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from typing import Any
+
+from torch import nn
+
+import composer.blocks
+from composer.layers.moe import MoELayer
+from composer.recipes import RECIPES
+from composer.routing.contexts import CONTEXTS
+from composer.routing.scorers import SCORERS
+from composer.routing.selectors import SELECTORS
+
+
+def test_every_registered_plug_in_has_a_row(table: dict[str, Any]) -> None:
+    assert set(table["scorers"]) == set(SCORERS)
+    assert set(table["selectors"]) == set(SELECTORS)
+    assert set(table["recipes"]) == set(RECIPES)
+    assert set(table["contexts"]) == set(CONTEXTS)
+
+
+def test_every_row_is_in_a_case(table: dict[str, Any]) -> None:
+    for kind, key in {"scorers": "scorer", "selectors": "selector", "contexts": "context"}.items():
+        assert {case.router[key] for case in table["cases"]} == set(table[kind])
+    assert {case.block for case in table["cases"]} == set(table["blocks"])
+    assert {case.recipe for case in table["cases"]} == set(table["recipes"])
+
+
+def test_every_family_is_in_a_case(table: dict[str, Any], pico: Any) -> None:
+    assert {case.family for case in table["cases"]} == set(pico.families)
+
+
+def test_every_expert_block_is_in_a_case(table: dict[str, Any], pico: Any) -> None:
+    """A block is a module of `composer.blocks` that is called with indices and weights."""
+    blocks = {
+        cls
+        for info in pkgutil.iter_modules(composer.blocks.__path__, "composer.blocks.")
+        for cls in vars(importlib.import_module(info.name)).values()
+        if inspect.isclass(cls)
+        and issubclass(cls, nn.Module)
+        and {"indices", "weights"} <= set(inspect.signature(cls.forward).parameters)
+    }
+    used = set()
+    for block in table["blocks"]:
+        model = pico.loaded(block)
+        used |= {type(module.experts) for module in model.modules() if isinstance(module, MoELayer)}
+    assert used == blocks

@@ -1,0 +1,462 @@
+"""Pico models of six decoder families, three owners' experts on each, and compositions of them, made on demand.
+
+Everything is made once per session and shared; what the fixtures return must not be changed, unless a docstring
+says that it is fresh. Nothing here imports torch before a test asks for a model.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+if TYPE_CHECKING:
+    import torch
+
+    from composer.manifest import Manifest
+    from composer.model import ComposedForCausalLM
+    from experts.base import BaseDescription
+    from experts.card import ExpertCard
+    from registry import Registry
+
+WIDTH = 32
+LAYERS = 4
+GATE_LAYER = 1
+VOCABULARY = 97
+_SIZES = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
+    "olmo2": {},
+    "gemma3_text": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16},
+    "gpt_neox": {},
+    "phi3": {},
+}
+"""Gated, gated with QK norm, post-norm, sliding window, biases without a gate, fused gate and up."""
+
+OWNERS: dict[str, tuple[int, int, tuple[int, ...]]] = {
+    "acme": (1, 2, (1, 2, 3)),
+    "bob": (2, 3, (2, 3)),
+    "eve": (3, 4, (1, 3)),
+}
+"""Owner -> seed, rank and layers of every expert; so one layer has all experts and two lack one."""
+
+BLOCKS: dict[str, tuple[str, ...]] = {
+    "low_rank": ("acme/low", "bob/low", "eve/low"),
+    "stacked": ("acme/full", "bob/full", "eve/full"),
+    "mixed": ("acme/low", "bob/full", "eve/low"),
+}
+"""Block kind -> experts that make a layer of it."""
+
+
+class Pico:
+    """Makes pico bases, registries and compositions and keeps them for the session."""
+
+    families = tuple(_FAMILIES)
+    owners = tuple(OWNERS)
+    blocks = tuple(BLOCKS)
+    gate_layer = GATE_LAYER
+    vocabulary = VOCABULARY
+    width = WIDTH
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._made: dict[tuple[Any, ...], Any] = {}
+        self._number = itertools.count()
+
+    def once(self, make: Callable[[], Any], *key: Any) -> Any:
+        """Return what ``make`` returned at the first call with this key."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def scratch(self, name: str) -> Path:
+        """A path that does not exist yet, in a new folder."""
+        folder = self.root / f"{next(self._number)}"
+        folder.mkdir()
+        return folder / name
+
+    # Bases
+
+    def network(self, family: str = "llama", *, seed: int = 0) -> Any:
+        """A fresh model of the family with random weights, in evaluation mode."""
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        torch.set_num_threads(1)
+        torch.manual_seed(seed)
+        config = AutoConfig.for_model(family, **_SIZES, **_FAMILIES[family])
+        model = AutoModelForCausalLM.from_config(config)
+        for name, parameter in model.named_parameters():  # biases and norms must not be trivial
+            if parameter.dim() == 1:
+                torch.nn.init.normal_(parameter, mean=0.0 if "bias" in name else 1.0, std=0.1)
+        return model.eval()
+
+    def base(self, family: str = "llama", *, seed: int = 0) -> Path:
+        """The folder of a base with its tokenizer."""
+        return self.once(lambda: self._save_base(family, seed), "base", family, seed)
+
+    def _save_base(self, family: str, seed: int) -> Path:
+        folder = self.scratch(family)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.network(family, seed=seed).save_pretrained(folder)
+            _tokenizer().save_pretrained(folder)
+        return folder
+
+    def dense(self, family: str = "llama") -> Any:
+        """The base as transformers alone loads it; shared."""
+        from transformers import AutoModelForCausalLM
+
+        return self.once(
+            lambda: AutoModelForCausalLM.from_pretrained(self.base(family), local_files_only=True).eval(),
+            "dense",
+            family,
+        )
+
+    def description(self, family: str = "llama", *, seed: int = 0) -> BaseDescription:
+        """The base as `experts` sees it."""
+        from experts.base import BaseDescription
+
+        return self.once(
+            lambda: BaseDescription.from_folder(self.base(family, seed=seed)), "description", family, seed
+        )
+
+    # Experts
+
+    def write_lora(self, folder: Path, *, family: str = "llama", seed: int, **config: Any) -> Path:
+        """Write an adapter on the FFN linears with PEFT itself; its B is random unless ``zero`` is set."""
+        import torch
+        from peft import LoraConfig, get_peft_model
+
+        zero = config.pop("zero", False)
+        layout = self.description(family).layout
+        settings = {"lora_alpha": 8, "target_modules": list(layout.linears.values()), **config}
+        if "layers_to_transform" in settings:
+            settings["layers_pattern"] = "layers"
+        base = self.network(family)
+        torch.manual_seed(seed)  # after the network, which has a seed of its own
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings))
+            for name, parameter in adapted.named_parameters():
+                if "lora_B" in name and not zero:
+                    torch.nn.init.normal_(parameter, std=0.3)
+            adapted.peft_config["default"].base_model_name_or_path = str(self.base(family))
+            adapted.save_pretrained(folder, save_embedding_layers=False)
+        return folder
+
+    def write_ffn(
+        self, folder: Path, *, family: str = "llama", seed: int, layers: Sequence[int], copy: bool = False
+    ) -> Path:
+        """Write full FFNs: random ones, or copies of the base's."""
+        import torch
+        from safetensors.torch import save_file
+
+        base = self.description(family)
+        generator = torch.Generator().manual_seed(seed)
+        own = self.dense(family).state_dict()
+        tensors = {}
+        for layer in layers:
+            for linear in base.ffn_linears(layer).values():
+                for what in ("weight", "bias") if linear.bias else ("weight",):
+                    name = f"{linear.name}.{what}"
+                    noise = torch.randn(own[name].shape, generator=generator) * 0.2
+                    tensors[name] = own[name].clone() if copy else noise
+        folder.mkdir(parents=True)
+        save_file(tensors, folder / "ffn.safetensors")
+        (folder / "config.json").write_text(json.dumps({"format_version": 1, "layers": list(layers)}))
+        return folder
+
+    def artifacts(
+        self,
+        *,
+        family: str = "llama",
+        seed: int,
+        layers: Sequence[int] = (1, 2, 3),
+        statistics: bool = True,
+        rows: bool = True,
+        gate_layer: int = GATE_LAYER,
+        public_digest: str = "0" * 64,
+    ) -> Any:
+        """Routing artefacts of a domain, from the base's true states on its tokens.
+
+        A domain is a third of the vocabulary, by seed; seed 0 is public text over all of it.
+        """
+        import numpy as np
+
+        from experts.routing_artifacts import RoutingArtifacts, RoutingInfo, RowsInfo, StatisticsInfo
+
+        random = np.random.default_rng(seed)
+        tensors: dict[str, Any] = {}
+        taken = written = None
+        if statistics:
+            summed = self.once(lambda: self._statistics(family, seed, gate_layer), family, seed, gate_layer)
+            tensors["statistics.count"] = np.array([summed.count])
+            tensors["statistics.sum"], tensors["statistics.scatter"] = summed.sum, summed.scatter
+            taken = StatisticsInfo(layer=gate_layer, normalization="rms", tokens=512, documents=16)
+        if rows:
+            for layer in layers:
+                row, bias = self._row(family, seed, layer, random)
+                tensors[f"row.{layer}.weight"] = row.astype("f4")
+                tensors[f"row.{layer}.bias"] = np.array([bias], dtype="f4")
+            written = RowsInfo(layers=tuple(layers), has_bias=True, public_digest=public_digest, init="x")
+        return RoutingArtifacts(info=RoutingInfo(statistics=taken, rows=written), tensors=tensors)
+
+    def domain_tokens(self, seed: int, *, rows: int, length: int) -> torch.Tensor:
+        """Random text of a domain, int64 ``(rows, length)``."""
+        import torch
+
+        third = VOCABULARY // 3
+        low, high = (1, VOCABULARY) if seed == 0 else (1 + third * (seed - 1), third * seed)
+        generator = torch.Generator().manual_seed(100 + seed)
+        return torch.randint(low, high, (rows, length), generator=generator)
+
+    def _statistics(self, family: str, seed: int, layer: int) -> Any:
+        import torch
+
+        from experts.routing_artifacts import Statistics
+
+        ids = self.domain_tokens(seed, rows=16, length=32)
+        with torch.no_grad():
+            states = self.dense(family)(ids, output_hidden_states=True).hidden_states[layer]
+        states = states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return Statistics.from_states(states.flatten(0, 1).numpy())
+
+    def _row(self, family: str, seed: int, layer: int, random: Any) -> tuple[Any, float]:
+        """A router row that is high on the domain's states and about 0 on public ones, with its bias."""
+        noise = random.normal(size=WIDTH, scale=0.02)
+        if seed == 0:
+            return noise, 0.0
+        public, own = (self.once(lambda s=s: self._means(family, s), family, s)[layer] for s in (0, seed))
+        towards = own - public
+        towards = towards - public * (towards @ public) / (public @ public)
+        return towards * min(4.0 / (towards @ towards), 20.0 / (towards @ towards) ** 0.5) + noise, -1.0
+
+    def _means(self, family: str, seed: int) -> dict[int, Any]:
+        """Mean input of every layer's FFN on a domain's text."""
+        import torch
+
+        base, dense = self.description(family), self.dense(family)
+        means: dict[int, Any] = {}
+        hooks = [
+            dense.get_submodule(f"{base.layers_prefix}.{layer}.{base.layout.module}").register_forward_pre_hook(
+                lambda _, inputs, layer=layer: means.update({layer: inputs[0].flatten(0, 1).mean(0).numpy()})
+            )
+            for layer in range(LAYERS)
+        ]
+        with torch.no_grad():
+            dense(self.domain_tokens(seed, rows=16, length=32))
+        for hook in hooks:
+            hook.remove()
+        return means
+
+    def pack(
+        self,
+        raw: Path,
+        *,
+        name: str,
+        family: str = "llama",
+        base_seed: int = 0,
+        artifacts: Any = None,
+        version: int = 1,
+    ) -> Path:
+        """Pack a raw expert folder for publication; return the package."""
+        from experts.card import BaseRef
+        from experts.fingerprint import tokenizer_fingerprint
+        from experts.package import pack
+
+        if artifacts is not None:
+            artifacts.save(raw)
+        base = self.description(family, seed=base_seed)
+        ref = BaseRef(
+            name=family,
+            fingerprint=base.fingerprint,
+            tokenizer_fingerprint=tokenizer_fingerprint(self.base(family, seed=base_seed)),
+        )
+        package = self.scratch("package")
+        pack(
+            raw,
+            package,
+            name=name,
+            version=version,
+            domain=name.partition("/")[0],
+            license="Apache-2.0",
+            base=base,
+            base_ref=ref,
+            routing=None if artifacts is None else artifacts.info,
+        )
+        return package
+
+    # Registries
+
+    def library(self, family: str = "llama") -> Registry:
+        """A registry with the family's base, its public artefacts, and per owner a ``low`` and a ``full`` expert."""
+        return self.once(lambda: self._fill(family), "library", family)
+
+    def fresh_library(self, family: str = "llama") -> Registry:
+        """A copy of the family's registry that a test may change."""
+        from registry import Registry
+
+        return Registry(shutil.copytree(self.library(family).path, self.scratch("registry")))
+
+    def _fill(self, family: str) -> Registry:
+        from registry import Registry
+
+        empty = self.once(self._empty_registry, "empty")
+        registry = Registry(shutil.copytree(empty, self.scratch("registry")))
+        registry.add_base(self.base(family), name=family)
+        public = self.artifacts(family=family, seed=0)
+        folder = self.scratch("public")
+        folder.mkdir()
+        public.save(folder)
+        registry.set_base_routing(family, folder, public.info)
+        for owner, (seed, rank, layers) in OWNERS.items():
+            artifacts = self.artifacts(family=family, seed=seed, layers=layers)
+            lora = self.write_lora(
+                self.scratch("raw"), family=family, seed=seed, r=rank, layers_to_transform=list(layers)
+            )
+            full = self.write_ffn(self.scratch("raw"), family=family, seed=seed, layers=layers)
+            for name, raw in {"low": lora, "full": full}.items():
+                registry.register(self.pack(raw, name=f"{owner}/{name}", family=family, artifacts=artifacts))
+        return registry
+
+    def _empty_registry(self) -> Path:
+        """A registry after its migrations, which take longer than copying it."""
+        from registry import Registry
+
+        path = self.scratch("registry")
+        Registry(path).add_base(self.base("llama"), name="llama")
+        return path
+
+    def card(self, name: str, *, family: str = "llama") -> ExpertCard:
+        """The card of a registered expert."""
+        return self.library(family).card(name)
+
+    # Compositions
+
+    def manifest(
+        self,
+        block: str = "low_rank",
+        *,
+        family: str = "llama",
+        experts: Sequence[str] | None = None,
+        opt_out: Sequence[str] = (),
+        dtype: str | None = None,
+        recipe: str = "flexolmo",
+        name: str = "pico",
+        **router: Any,
+    ) -> Manifest:
+        """A manifest over the family's registry; further arguments go to ``router``."""
+        from composer.manifest import Manifest
+
+        return Manifest.from_dict(
+            {
+                "name": name,
+                "recipe": recipe,
+                "base": family,
+                "experts": list(BLOCKS[block] if experts is None else experts),
+                "opt_out": list(opt_out),
+                "dtype": dtype,
+                "router": router,
+            }
+        )
+
+    def compose(self, manifest: Manifest, *, registry: Registry | None = None) -> Path:
+        """Plan and build a new folder."""
+        from composer.building import build
+        from composer.planning import plan
+
+        source = self.library(manifest.base) if registry is None else registry
+        return build(plan(manifest, source), self.scratch("out"), registry=source)
+
+    def composed(self, block: str = "low_rank", **settings: Any) -> Path:
+        """A composed folder, shared; see `manifest` for the settings."""
+        manifest = self.manifest(block, **settings)
+        return self.once(lambda: self.compose(manifest), "composed", manifest.digest)
+
+    def loaded(self, block: str = "low_rank", **settings: Any) -> ComposedForCausalLM:
+        """The loaded model of `composed`, shared."""
+        from composer.loading import load
+
+        folder = self.composed(block, **settings)
+        return self.once(lambda: load(folder), "loaded", folder)
+
+    def prompts(self, *, rows: int = 4, length: int = 24, seed: int = 0) -> torch.Tensor:
+        """Token ids ``(rows, length)``: the first rows are text of one owner each, then mixed text."""
+        import torch
+
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(1, VOCABULARY, (rows, length), generator=generator)
+        for row, number in zip(range(rows - 1), range(1, 4), strict=False):
+            ids[row] = self.domain_tokens(number, rows=1, length=length)[0]
+        return ids
+
+
+def _tokenizer() -> Any:
+    """Bytes below the pico vocabulary's size; the rest of a text is unknown."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[: VOCABULARY - 2]
+    vocabulary = {token: number for number, token in enumerate(["<|end|>", "<|unknown|>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<|unknown|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>", unk_token="<|unknown|>"
+    )
+
+
+@pytest.fixture(autouse=True)
+def _own_user_folders(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep the user's own registry, caches and settings out of reach."""
+    home = tmp_path_factory.getbasetemp() / "home"
+    for variable, name in {
+        "XDG_DATA_HOME": "data",
+        "XDG_CACHE_HOME": "cache",
+        "XDG_CONFIG_HOME": "config",
+        "XDG_STATE_HOME": "state",
+    }.items():
+        monkeypatch.setenv(variable, str(home / name))
+    monkeypatch.setenv("COTERIE_REGISTRY", str(home / "no-registry"))
+    monkeypatch.delenv("COTERIE_TRACEBACK", raising=False)
+
+
+@pytest.fixture(scope="session")
+def pico(tmp_path_factory: pytest.TempPathFactory) -> Pico:
+    """Pico bases, registries and compositions; see the methods."""
+    return Pico(tmp_path_factory.mktemp("pico"))
+
+
+@pytest.fixture
+def composed(pico: Pico) -> Callable[..., Path]:
+    """A composed folder: ``composed("stacked", family="qwen3", scorer="learned")``; shared."""
+    return pico.composed
+
+
+@pytest.fixture
+def manifest(pico: Pico) -> Callable[..., Manifest]:
+    """A manifest over a pico registry: ``manifest("mixed", top_k=1)``."""
+    return pico.manifest
