@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from pipelines.cli import audit, base, catalog, compose, consent, enrol, run, train
+from pipelines.cli import audit, base, catalog, compose, consent, enrol, generate, measure, train
 from pipelines.cli.errors import guarded
 from pipelines.cli.options import RegistryOption, examples
 
@@ -115,7 +115,8 @@ app.command("show", epilog=catalog.SHOW_EXAMPLES)(catalog.show)
 app.command("verify", epilog=catalog.VERIFY_EXAMPLES)(catalog.verify)
 app.command("plan", epilog=compose.PLAN_EXAMPLES)(compose.show_plan)
 app.command("build", epilog=compose.BUILD_EXAMPLES)(compose.build_folder)
-app.command("generate", epilog=run.GENERATE_EXAMPLES)(run.generate)
+app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
+app.command("evaluate", epilog=measure.EXAMPLES)(measure.evaluate_folder)
 app.add_typer(consent.group, name="opt-out")
 app.command("verify-optout", epilog=compose.VERIFY_EXAMPLES)(compose.verify_optout_folder)
 app.add_typer(audit.group, name="audit")

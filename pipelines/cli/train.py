@@ -123,9 +123,9 @@ def _print(outcomes: Sequence[JobOutcome]) -> None:
             (
                 outcome.name,
                 human_count(int(scalars["tokens"])) if "tokens" in scalars else None,
-                scalars.get("tokens_per_second"),
-                scalars.get("anchor_held_out_nll"),
-                scalars.get("held_out_nll"),
+                f"{scalars['tokens_per_second']:,.0f}" if "tokens_per_second" in scalars else None,
+                f"{scalars['anchor_held_out_nll']:.3f}" if "anchor_held_out_nll" in scalars else None,
+                f"{scalars['held_out_nll']:.3f}" if "held_out_nll" in scalars else None,
                 outcome.folder or f"failed: {outcome.error}",
             )
         )

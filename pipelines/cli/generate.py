@@ -1,44 +1,30 @@
-"""``coterie generate`` and ``evaluate``: a composed folder at work.
+"""``coterie generate``: a composed folder continues a prompt.
 
-Knows how to load a folder with owners left out and how to print what came of it; numbers are computed by
-``pipelines.evaluate``.
+Knows prompts, seeds and how to print a continuation; the model is the composer's business.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from experts.errors import CoterieError
+from pipelines.cli.loading import DeviceOption, OptionError, open_folder
 from pipelines.cli.options import JsonOption, OptOutOption, OutFolder, RegistryOption, examples, open_registry
-from pipelines.cli.output import note, print_json, print_line, printable
+from pipelines.cli.output import print_json, print_line, printable
 from pipelines.cli.progress import spinner
 
 if TYPE_CHECKING:
     from composer.model import ComposedForCausalLM
-    from registry import Registry
 
-__all__ = ["DeviceOption", "generate", "load_folder"]
+__all__ = ["generate"]
 
-GENERATE_EXAMPLES = examples(
+EXAMPLES = examples(
     "coterie generate composed --prompt 'The licensee shall'",
     "coterie generate composed --prompt 'The licensee shall' --opt-out acme --seed 7",
     "echo 'def main():' | coterie generate composed --prompt - --json",
 )
-
-DeviceOption = Annotated[
-    str,
-    typer.Option("--device", help="Where the model runs: auto, cpu, cuda, cuda:1, ...", show_default=True),
-]
-
-
-class RunError(CoterieError):
-    """The options contradict each other."""
 
 
 def generate(
@@ -79,13 +65,15 @@ def generate(
     from time import perf_counter
 
     if temperature is not None and seed is None:
-        raise RunError(
+        raise OptionError(
             "--temperature has no effect without --seed: without one the likeliest token is taken."
         )
     text = sys.stdin.read() if prompt == "-" else prompt
     store = open_registry(context, registry)
-    with quiet_transformers(), spinner("Loading") as report:
-        model, tokenizer = load_folder(out, opt_out=opt_out or (), registry=store, device=device)
+    with (
+        spinner("Loading") as report,
+        open_folder(out, opt_out=opt_out or (), registry=store, device=device) as (model, tokenizer),
+    ):
         report("Generating")
         started = perf_counter()
         completion, count = _continue(
@@ -107,39 +95,6 @@ def generate(
     print_line(printable(text + completion, keep="\n\t"))
 
 
-def load_folder(
-    out: Path, *, opt_out: Collection[str], registry: Registry | None, device: str
-) -> tuple[ComposedForCausalLM, Any]:
-    """Load a composed folder and its tokenizer; say on stderr whom the registry leaves out."""
-    from transformers import AutoTokenizer
-
-    import composer
-    from composer.lock import Lock
-
-    lock = Lock.read(out)
-    revoked = {entry.owner for entry in registry.opt_outs()} & set(lock.owners) if registry else set()
-    for owner in sorted(revoked - set(opt_out)):
-        note(f"Note: {owner} has opted out since the build and is left out.")
-    model = composer.load(out, opt_out=set(opt_out), registry=registry, device=device)
-    return model, AutoTokenizer.from_pretrained(out, local_files_only=True)
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' own bars and advice off the terminal inside the block."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def _continue(
     model: ComposedForCausalLM,
     tokenizer: Any,
@@ -154,7 +109,7 @@ def _continue(
 
     inputs = tokenizer(text, return_tensors="pt")
     if inputs.input_ids.shape[1] == 0:
-        raise RunError("The prompt is empty. Give at least one character.")
+        raise OptionError("The prompt is empty. Give at least one character.")
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if seed is not None:
         torch.manual_seed(seed)
