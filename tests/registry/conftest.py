@@ -230,12 +230,17 @@ class FaultyFileSystem(FileSystem):
     Args:
         at: The number of the call that fails, from 0; None: none does.
         fault: What is raised there. After `Killed`, no call has an effect any more.
+
+    Attributes:
+        calls: The name of every call.
+        done: Name, arguments and result of every call that went through.
     """
 
     def __init__(self, *, at: int | None = None, fault: BaseException | None = None) -> None:
         self.at = at
         self.fault = fault
         self.calls: list[str] = []
+        self.done: list[tuple[str, tuple[Any, ...], Any]] = []
 
     def _step(self, call: str) -> None:
         number = len(self.calls)
@@ -253,8 +258,10 @@ def _interrupted(name: str) -> Callable[..., Any]:
         self._step(name)
         if name == "write":  # a disk may take less than it is given
             descriptor, data = arguments
-            return real(self, descriptor, data[: max(1, len(data) - 1)])
-        return real(self, *arguments)
+            arguments = (descriptor, data[: max(1, len(data) - 1)])
+        result = real(self, *arguments)
+        self.done.append((name, arguments, result))
+        return result
 
     return call
 

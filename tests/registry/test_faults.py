@@ -244,6 +244,38 @@ def test_a_rebuild_interrupted_keeps_what_there_was(
     assert number > 30
 
 
+def test_everything_is_on_the_disk_before_the_commit(
+    build_library: Any, root: Path, tmp_path: Path, make_expert: Any, faulty: Any, write_routing: Any
+) -> None:
+    """A power cut takes whatever was not synced, in any order."""
+    library = build_library(lambda registry: registry.register(make_expert()))
+    info = write_routing(tmp_path / "routing", seed=5)
+    files = faulty()
+    registry = Registry(fresh(library, root), files=files)
+    commits: list[int] = []
+    sa.event.listen(registry._storage.index.engine, "commit", lambda _: commits.append(len(files.done)))
+    registry.register(make_expert("hosp/icd", routing=True, seed=3))
+    registry.set_base_routing("pico", tmp_path / "routing", info)
+    registry.opt_out("acme", reason="x")
+    moved = 0
+    created, synced = dict[int, Path](), set[Path]()
+    for position, (call, arguments, result) in enumerate(files.done):
+        if call == "create":
+            created[result] = arguments[0]
+        elif call == "write":
+            synced.discard(created[arguments[0]])
+        elif call == "sync":
+            synced.add(created[arguments[0]])
+        elif call == "rename":
+            source, target = arguments
+            assert source in synced
+            until = min(commit for commit in commits if commit > position)
+            assert ("sync_folder", (target.parent,), None) in files.done[position:until]
+            moved += 1
+    # Weights, routing and card (the config was there); artefacts and their record; three log entries.
+    assert moved == 3 + 2 + 3
+
+
 def test_what_a_killed_process_left_is_cleaned_when_it_is_old(
     template: Path, tmp_path: Path, make_expert: Any, faulty: Any, killed: Any
 ) -> None:
