@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from pipelines.cli import audit, base, catalog, compose, consent, enrol, generate, measure, train
+from pipelines.cli import audit, base, catalog, compose, consent, demo, enrol, generate, measure, train
 from pipelines.cli.errors import guarded
 from pipelines.cli.options import RegistryOption, examples
 
@@ -120,6 +120,7 @@ app.command("evaluate", epilog=measure.EXAMPLES)(measure.evaluate_folder)
 app.add_typer(consent.group, name="opt-out")
 app.command("verify-optout", epilog=compose.VERIFY_EXAMPLES)(compose.verify_optout_folder)
 app.add_typer(audit.group, name="audit")
+app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
 
 
 def command() -> TyperGroup:
