@@ -7,18 +7,22 @@ Ray of its own; locally the jobs run here, one after the other.
 from __future__ import annotations
 
 import json
+import math
 import os
 import selectors
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+import psutil
 
 from experts.errors import CoterieError, ManifestError, TrainingError
 from pipelines.train.anchor import ResolvedBase, resolve_base
@@ -228,33 +232,24 @@ class _Agent:
             return
 
     def end(self, *, deadline: float) -> None:
-        """Wait for the process, kill its group if it outstays the deadline, remove its temporary folder."""
-        try:
+        """Wait for the process until the deadline, kill what is left, remove its temporary folder."""
+        with suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            self._kill()
+        self._sweep()
+        self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 pipe.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _kill(self) -> None:
-        """The agent and everything below it; Ray's own processes die with the agent by the kernel's hand too."""
-        import psutil
-
-        try:
-            family = [
-                *psutil.Process(self.process.pid).children(recursive=True),
-                psutil.Process(self.process.pid),
-            ]
-        except psutil.NoSuchProcess:
-            return
-        for member in family:
+    def _sweep(self) -> None:
+        """Kill what is left of the agent's session; an orderly end leaves nothing, a killed agent may."""
+        for pid in psutil.pids():
             try:
-                member.kill()
-            except psutil.NoSuchProcess:
+                if os.getsid(pid) == self.process.pid:
+                    os.kill(pid, signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):
                 continue
-        self.process.wait()
 
 
 def _by_owner(tasks: Sequence[_Task]) -> dict[str, list[_Task]]:
@@ -272,7 +267,7 @@ def _run_agents(
     owners = _by_owner(tasks)
     share = threads or max(1, (os.cpu_count() or 1) // len(owners))
     agents: list[_Agent] = []
-    with _stopping(agents):
+    with _stopping(agents, progress=progress):
         for owned in owners.values():
             agents.append(_start_agent(owned, threads=share))
         _listen(agents, progress=progress)
@@ -320,7 +315,7 @@ def _start_agent(tasks: list[_Task], *, threads: int) -> _Agent:
 
 
 @contextmanager
-def _stopping(agents: list[_Agent]) -> Iterator[None]:
+def _stopping(agents: list[_Agent], *, progress: ProgressFn | None) -> Iterator[None]:
     """End every agent with the block, however it ends; interrupted, give them time for a checkpoint."""
     try:
         yield
@@ -329,18 +324,21 @@ def _stopping(agents: list[_Agent]) -> Iterator[None]:
             if agent.process.poll() is None:
                 agent.tell_to_stop()
         deadline = time.monotonic() + _STOP_SECONDS
-        for agent in agents:
-            agent.end(deadline=deadline)
+        try:
+            _listen(agents, progress=progress, deadline=deadline)
+        finally:
+            for agent in agents:
+                agent.end(deadline=deadline)
 
 
-def _listen(agents: Sequence[_Agent], *, progress: ProgressFn | None) -> None:
-    """Pass reports on until every agent has closed its pipe."""
+def _listen(agents: Sequence[_Agent], *, progress: ProgressFn | None, deadline: float = math.inf) -> None:
+    """Pass reports on until every agent has closed its pipe, or the deadline."""
     with selectors.DefaultSelector() as selector:
         for agent in agents:
             assert agent.process.stdout is not None
             selector.register(agent.process.stdout, selectors.EVENT_READ, agent)
-        while selector.get_map():
-            for key, _ in selector.select():
+        while selector.get_map() and (left := deadline - time.monotonic()) > 0:
+            for key, _ in selector.select(timeout=None if math.isinf(left) else left):
                 agent = key.data
                 data = os.read(key.fd, 1 << 16)
                 if not data:
