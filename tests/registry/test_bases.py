@@ -66,6 +66,26 @@ def test_a_base_of_the_same_name_with_other_files_is_refused(
     assert registry.add_base(other, name="pico-2").fingerprint == registry.base("pico").fingerprint
 
 
+def test_a_base_that_another_process_adds_meanwhile_wins(
+    root: Path, base_folder: Path, make_base: Any
+) -> None:
+    other = make_base(seed=4)
+    registry, rival = Registry(root), Registry(root)
+
+    def race(done: int, total: int) -> None:
+        if done == total:
+            rival.add_base(other, name="pico")
+
+    with pytest.raises(RegistryError) as caught:
+        registry.add_base(base_folder, name="pico", progress=race)
+    assert str(caught.value) == (
+        f"The registry has a base 'pico' already, and '{base_folder}' holds other files; a base never "
+        "changes. Add this one under another name:\n  - 'model.safetensors' has other bytes"
+    )
+    assert len(registry.audit()) == 1
+    assert registry.fsck().ok
+
+
 def test_progress_counts_every_byte_twice(tmp_path: Path, base_folder: Path) -> None:
     seen: list[tuple[int, int]] = []
     registry = Registry(tmp_path / "registry")

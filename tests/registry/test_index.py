@@ -12,6 +12,7 @@ import sqlalchemy as sa
 
 from experts.errors import IntegrityError, RegistryError
 from registry import Registry
+from registry.filesystem import FileSystem
 from registry.index import REVISION, Index, empty_index, metadata
 from registry.storage import Storage
 
@@ -166,6 +167,17 @@ def test_an_index_without_tables_is_a_new_registry(tmp_path: Path, base_folder: 
     registry = Registry(tmp_path)
     assert registry.experts() == []
     assert registry.add_base(base_folder, name="pico").name == "pico"
+
+
+def test_a_damaged_index_is_set_aside_with_the_journal_that_belongs_to_it(tmp_path: Path) -> None:
+    """SQLite would roll a stale journal back into the new index."""
+    (tmp_path / "index.sqlite").write_bytes(b"damaged")
+    (tmp_path / "index.sqlite-journal").write_bytes(b"its journal")
+    Index(tmp_path / "index.sqlite").set_aside(files=FileSystem())
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        "index.sqlite.damaged": b"damaged",
+        "index.sqlite.damaged-journal": b"its journal",
+    }
 
 
 def test_a_full_database_is_explained(registry: Registry) -> None:
