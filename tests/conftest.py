@@ -58,14 +58,14 @@ _FAMILIES: dict[str, dict[str, Any]] = {
 OWNERS: dict[str, tuple[int, int, tuple[int, ...]]] = {
     "acme": (1, 2, (1, 2, 3)),
     "bob": (2, 3, (2, 3)),
-    "eve": (3, 4, (1, 3)),
+    "zoe": (3, 4, (1, 3)),
 }
 """Owner -> seed, rank and layers of every expert; so one layer has all experts and two lack one."""
 
 BLOCKS: dict[str, tuple[str, ...]] = {
-    "low_rank": ("acme/low", "bob/low", "eve/low"),
-    "stacked": ("acme/full", "bob/full", "eve/full"),
-    "mixed": ("acme/low", "bob/full", "eve/low"),
+    "low_rank": ("acme/low", "bob/low", "zoe/low"),
+    "stacked": ("acme/full", "bob/full", "zoe/full"),
+    "mixed": ("acme/low", "bob/full", "zoe/low"),
 }
 """Block kind -> experts that make a layer of it."""
 
@@ -261,7 +261,9 @@ class Pico:
         base, dense = self.description(family), self.dense(family)
         means: dict[int, Any] = {}
         hooks = [
-            dense.get_submodule(f"{base.layers_prefix}.{layer}.{base.layout.module}").register_forward_pre_hook(
+            dense.get_submodule(
+                f"{base.layers_prefix}.{layer}.{base.layout.module}"
+            ).register_forward_pre_hook(
                 lambda _, inputs, layer=layer: means.update({layer: inputs[0].flatten(0, 1).mean(0).numpy()})
             )
             for layer in range(LAYERS)

@@ -87,9 +87,7 @@ def test_u2_nan_stays_in_the_rows_that_allow_it(
     opt_out = [{absent}, set(), {absent}, set()]
     got = _passes(poison(absent), ids, opt_out=opt_out)[:, ::2]
     assert got.isfinite().all()
-    torch.testing.assert_close(
-        got, _passes(model, ids, opt_out=opt_out)[:, ::2], rtol=0, atol=TOLERANCE
-    )
+    torch.testing.assert_close(got, _passes(model, ids, opt_out=opt_out)[:, ::2], rtol=0, atol=TOLERANCE)
 
 
 def test_u10_nothing_of_an_absent_owner_is_reachable(pico: Any, case: Any, absent: str) -> None:
@@ -142,7 +140,12 @@ def neutral(pico: Any) -> Callable[[str], Any]:
             artifacts = pico.artifacts(family=family, seed=seed, layers=layers)
             raw = {
                 "zero": pico.write_lora(
-                    pico.scratch("raw"), family=family, seed=9, r=2, layers_to_transform=list(layers), zero=True
+                    pico.scratch("raw"),
+                    family=family,
+                    seed=9,
+                    r=2,
+                    layers_to_transform=list(layers),
+                    zero=True,
                 ),
                 "copy": pico.write_ffn(pico.scratch("raw"), family=family, seed=9, layers=layers, copy=True),
             }
