@@ -135,7 +135,7 @@ def _from_folder(folder: Path, *, registry: Registry | None) -> ResolvedBase:
         folder=folder,
         ref=ref,
         description=description,
-        routing_file=registry.blob_path(digest) if digest else None,
+        routing_file=registry.blob_path(digest).absolute() if digest else None,
         routing_info=known[0].routing,
     )
 
@@ -148,14 +148,15 @@ def _from_registry(name: str, *, registry: Registry, scratch: Path) -> ResolvedB
     for entry in record.files:
         target = scratch / entry.path
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.symlink_to(registry.blob_path(entry.sha256))
+        # a registry may be named by a relative path, which a link would read from its own folder
+        target.symlink_to(registry.blob_path(entry.sha256).absolute())
     return ResolvedBase(
         folder=scratch,
         ref=BaseRef(
             name=name, fingerprint=record.fingerprint, tokenizer_fingerprint=record.tokenizer_fingerprint
         ),
         description=record.description,
-        routing_file=registry.blob_path(record.routing_sha256) if record.routing_sha256 else None,
+        routing_file=registry.blob_path(record.routing_sha256).absolute() if record.routing_sha256 else None,
         routing_info=record.routing,
     )
 
