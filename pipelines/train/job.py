@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -18,7 +18,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    PositiveInt,
     field_validator,
     model_validator,
 )
@@ -39,6 +38,13 @@ _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 _TEXT_ENDINGS = (".jsonl", ".txt")
 
 
+# YAML has numbers and booleans of its own: a string in their place is a mistake, not a spelling
+Integer = Annotated[int, Field(strict=True)]
+Number = Annotated[float, Field(strict=True)]
+Count = Annotated[int, Field(strict=True, gt=0)]
+Flag = Annotated[bool, Field(strict=True)]
+
+
 def _as_switch(value: object) -> object:
     """``statistics: false`` is short for ``statistics: {enabled: false}``."""
     return {"enabled": value} if isinstance(value, bool) else value
@@ -55,12 +61,12 @@ class _Settings(BaseModel):
 class StatisticsSettings(_Settings):
     """The additive statistics (n, sum of x, sum of x xT) of the anchor's states on the domain's text."""
 
-    enabled: bool = True
+    enabled: Flag = True
     """Publish them, so that builders can solve a router without any training. They are averages of the data."""
     normalization: Literal["none", "rms"] = "rms"
     """``rms``: divide each token's state by its root mean square first. The states of first tokens are tens of
     times larger than all others; without this they dominate the covariance."""
-    skip_first: bool = False
+    skip_first: Flag = False
     """Leave out the first position of every window. It sees no context, but it is what generation starts from,
     so it is included by default."""
 
@@ -68,9 +74,9 @@ class StatisticsSettings(_Settings):
 class BiasSettings(_Settings):
     """The owner's router bias, never above zero: it tightens the domain's boundary against the public expert."""
 
-    enabled: bool = True
+    enabled: Flag = True
     """Train one per layer, where rows are trained."""
-    init: float = Field(default=-0.1, lt=0)
+    init: Number = Field(default=-0.1, lt=0)
     """Starting value, below zero."""
     form: Literal["softplus", "clamp"] = "softplus"
     """``-softplus(raw)``, smooth everywhere, or the paper's ``min(raw, 0)``."""
@@ -79,11 +85,11 @@ class BiasSettings(_Settings):
 class CoordinationSettings(_Settings):
     """Training inside a two-expert mixture with the frozen anchor (FlexOlmo, arXiv 2507.07024, section 3.2)."""
 
-    enabled: bool = False
+    enabled: Flag = False
     """Off by default: under a context router plain training measured better. Rows and biases exist only with it."""
-    router_z_loss: float = Field(default=1e-3, ge=0)
+    router_z_loss: Number = Field(default=1e-3, ge=0)
     """Weight of the mean squared log-partition of the router's logits."""
-    softmax_z_loss: float = Field(default=1e-5, ge=0)
+    softmax_z_loss: Number = Field(default=1e-5, ge=0)
     """Weight of the mean squared log-partition of the language model's logits."""
 
 
@@ -107,49 +113,49 @@ class DomainJob(_Settings):
     """The public anchor: a base's name in the registry, or the path of a checkpoint folder."""
     kind: str = "lora"
     """``lora``: low-rank matrices on the FFN linears; ``ffn``: the FFN matrices themselves; or a plug-in's name."""
-    layers: str | tuple[Annotated[int, Field(ge=0)], ...] = "upper-half"
+    layers: str | tuple[Annotated[int, Field(ge=0, strict=True)], ...] = "upper-half"
     """``all``, ``upper-half``, ranges such as ``15-29`` or ``3,7-9``, or a list. Everything below the first of
     them is run once and kept, so high layers train faster."""
-    rank: int = Field(default=16, ge=1, le=4096)
+    rank: Integer = Field(default=16, ge=1, le=4096)
     """Rank of low-rank experts."""
-    alpha: float | None = Field(default=None, gt=0)
+    alpha: Number | None = Field(default=None, gt=0)
     """The low-rank term is scaled by alpha / rank; by default alpha = rank."""
 
     data: Annotated[tuple[Path, ...], BeforeValidator(_as_list)]
     """The owner's text: ``.jsonl`` files with {"text": ...} a line, or ``.txt`` files, one document each."""
     public: Annotated[tuple[Path, ...], BeforeValidator(_as_list)] = ()
     """Public text, in the same formats."""
-    public_fraction: float = Field(default=0.0, ge=0, lt=1)
+    public_fraction: Number = Field(default=0.0, ge=0, lt=1)
     """Share of training windows drawn from the public text: negatives for a row, a brake on forgetting."""
-    held_out: float | Path = 0.05
+    held_out: Number | Path = 0.05
     """Share of the documents kept for measuring, or a file of other documents; 0 measures nothing."""
-    held_out_windows: PositiveInt = 16
+    held_out_windows: Count = 16
     """At most this many windows are measured, before and after."""
 
-    sequence_length: int = Field(default=128, ge=8, le=1 << 17)
+    sequence_length: Integer = Field(default=128, ge=8, le=1 << 17)
     """Tokens in a window."""
-    batch_size: PositiveInt = 4
+    batch_size: Count = 4
     """Windows in a step."""
-    steps: PositiveInt = 200
+    steps: Count = 200
     """Steps of the optimiser."""
-    learning_rate: float | None = Field(default=None, gt=0)
+    learning_rate: Number | None = Field(default=None, gt=0)
     """Peak rate; by default the trainer's own (2e-3 for ``lora``, 1e-4 for ``ffn``)."""
     schedule: Literal["constant", "cosine"] = "cosine"
     """After the warm-up: a cosine to a tenth of the peak, or constant."""
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: Number = Field(default=0.0, ge=0)
     """On the expert's own matrices. Rows, biases and everything frozen have none, whatever is written here."""
-    warmup: int = Field(default=5, ge=0)
+    warmup: Integer = Field(default=5, ge=0)
     """Steps of linear warm-up."""
-    grad_clip: float = Field(default=1.0, ge=0)
+    grad_clip: Number = Field(default=1.0, ge=0)
     """Largest norm of the gradient; 0 does not clip."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """What the frozen anchor computes in; by default the faster one on this machine that represents it exactly.
     What is trained is float32 until the expert is written, in the anchor's own dtype."""
-    seed: int = Field(default=0, ge=0, lt=1 << 32)
+    seed: Integer = Field(default=0, ge=0, lt=1 << 32)
     """Decides the windows, their order and the starting matrices."""
-    checkpoint_every: PositiveInt = 20
+    checkpoint_every: Count = 20
     """Steps between checkpoints."""
-    cache_gigabytes: float = Field(default=2.0, ge=0)
+    cache_gigabytes: Number = Field(default=2.0, ge=0)
     """Memory for the states that enter the first trained layer; what does not fit is computed again."""
 
     statistics: Annotated[StatisticsSettings, BeforeValidator(_as_switch)] = StatisticsSettings()
@@ -161,7 +167,7 @@ class DomainJob(_Settings):
     row_init: str | Path = "anchor"
     """Where rows start: ``anchor`` (mean FFN input on the domain's text, per layer), ``random``, or the folder of
     a SentenceTransformer (mean embedding, projected to the hidden size)."""
-    row_negatives: float = Field(default=0.0, ge=0)
+    row_negatives: Number = Field(default=0.0, ge=0)
     """Weight of a binary cross-entropy that tells own from public tokens by the rows; needs ``public`` text."""
 
     workdir: Path = Path(".coterie")
@@ -203,8 +209,7 @@ class DomainJob(_Settings):
     @field_validator("data", "public")
     @classmethod
     def _check_texts(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
-        for path in value:
-            _check_text_file(path)
+        _check_text_files(value)
         return value
 
     @field_validator("data")
@@ -218,7 +223,7 @@ class DomainJob(_Settings):
     @classmethod
     def _check_held_out(cls, value: float | Path) -> float | Path:
         if isinstance(value, Path):
-            _check_text_file(value)
+            _check_text_files([value])
         elif not 0 <= value <= 0.5:
             raise ValueError(f"a share must lie between 0 and 0.5, given {value}")
         return value
@@ -235,12 +240,15 @@ class DomainJob(_Settings):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
+        problems = []
         if self.owner != self.name.partition("/")[0]:
-            raise ValueError(f"owner '{self.owner}' is not the owner in the name '{self.name}'; leave it out")
+            problems.append(f"owner '{self.owner}' is not the owner in the name '{self.name}'; leave it out")
         if self.public_fraction > 0 and not self.public:
-            raise ValueError(f"public_fraction is {self.public_fraction} but no public text is given")
+            problems.append(f"public_fraction is {self.public_fraction} but no public text is given")
         if self.row_negatives > 0 and not (self.coordination.enabled and self.public_fraction > 0):
-            raise ValueError("row_negatives needs coordination and a public_fraction above 0")
+            problems.append("row_negatives needs coordination and a public_fraction above 0")
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
     @classmethod
@@ -377,15 +385,19 @@ def _reworded(check: Any, value: str) -> str:
     try:
         result = check(value)
     except CoterieError as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(str(error).replace("\n  - ", " ")) from None
     return str(result) if result is not None else value
 
 
-def _check_text_file(path: Path) -> None:
-    if path.suffix not in _TEXT_ENDINGS:
-        raise ValueError(f"'{path.name}' does not end in .jsonl or .txt")
-    if not path.is_file():
-        raise ValueError(f"there is no file '{path}'")
+def _check_text_files(paths: Iterable[Path]) -> None:
+    problems = [
+        f"'{path.name}' does not end in .jsonl or .txt" for path in paths if path.suffix not in _TEXT_ENDINGS
+    ]
+    problems += [
+        f"there is no file '{path}'" for path in paths if path.suffix in _TEXT_ENDINGS and not path.is_file()
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 def _is_path(base: str) -> bool:

@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,9 +47,10 @@ def _open_private(path: Path) -> int:
 
 @contextmanager
 def private_log(path: Path) -> Iterator[None]:
-    """Send file descriptors 1 and 2 to ``path`` (mode 0600, appended) for as long as the block runs.
+    """Send everything printed to ``path`` (mode 0600, appended) for as long as the block runs.
 
-    The descriptors themselves are replaced, so native libraries and child processes are covered too.
+    File descriptors 1 and 2 themselves are replaced, so native libraries and child processes are covered;
+    Python's own streams too, since whoever runs this process may have put others in their place.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -59,10 +60,13 @@ def private_log(path: Path) -> Iterator[None]:
     try:
         os.dup2(target, 1)
         os.dup2(target, 2)
-        yield
+        with (
+            open(target, "w", encoding="utf-8", buffering=1, closefd=False) as text,
+            redirect_stdout(text),
+            redirect_stderr(text),
+        ):
+            yield
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
         for number, descriptor in enumerate(saved, start=1):
             os.dup2(descriptor, number)
             os.close(descriptor)
