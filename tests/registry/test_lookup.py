@@ -129,4 +129,4 @@ def test_a_list_opens_no_blob_and_asks_a_fixed_number_of_questions(library: Regi
     listed = library.experts()
     shutil.rmtree(library.path / "blobs")
     assert library.experts() == listed
-    assert len(statements) == 2 * 5  # schema, revision, head of the log, consents, experts
+    assert len(statements) == 2 * 6  # begin, schema, revision, head of the log, consents, experts
