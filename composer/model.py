@@ -93,7 +93,9 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         """Load a composed folder; see `composer.loading.load` for the arguments."""
         from composer.loading import load
 
-        for ignored in ("config", "_from_auto", "_commit_hash", "adapter_kwargs", "local_files_only"):
+        # what the Auto classes pass on their own account; nothing is ever fetched, and no code of a folder is run
+        auto = ("config", "_from_auto", "_commit_hash", "adapter_kwargs", "local_files_only", "revision")
+        for ignored in (*auto, "trust_remote_code"):
             kwargs.pop(ignored, None)
         return load(pretrained_model_name_or_path, *model_args, **kwargs)
 
@@ -145,6 +147,16 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
     def get_output_embeddings(self) -> nn.Module | None:
         """Return the base model's output embeddings."""
         return self.base.get_output_embeddings()  # type: ignore[no-any-return,operator]
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Say that the kernel can be chosen; transformers guesses it from the source of its own models."""
+        return True
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Full experts run through any registered kernel; the library tells by reading the class's source."""
+        return True
 
     def _init_weights(self, module: nn.Module) -> None:
         """Leave weights as they are: the base initialises its own and experts are read from files."""
