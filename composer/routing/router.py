@@ -5,10 +5,11 @@ Knows ids and tensors; knows nothing of owners, files or the layers it routes fo
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from composer.routing.contexts import ContextName, running_mean, token
 from composer.routing.scorers.base import Scorer
@@ -47,6 +48,7 @@ class Router(nn.Module):
         self.selector = selector
         self.context = context
         self.num_experts = num_experts
+        self._id_tables: dict[tuple[tuple[int, ...], torch.device], torch.Tensor] = {}
 
     def forward(self, context: RoutingContext, *, trace: bool = False) -> RoutingDecision:
         """Route every token of a batch.
@@ -55,17 +57,19 @@ class Router(nn.Module):
             context: What may be looked at.
             trace: Whether to keep the logits.
         """
-        groups = [self._here(group) for group in context.groups]
+        groups = context.groups if self.present is None else [self._here(group) for group in context.groups]
         # the features come first: a running mean advances whoever is allowed
         features, counts = self._features(context)
         if all(group.experts == (ANCHOR,) for group in groups):
             return self._anchor_only(context)
-        parts = [self._route_group(features, counts, group, context) for group in groups]
+        scores = [self._score(features, counts, group, context) for group in groups]
+        parts = self._select(groups, scores)
         if len(parts) == 1:
-            indices, weights, logits = parts[0]
-            kept = self._spread(logits, groups[0].experts) if trace else None
-            return RoutingDecision(indices=indices, weights=weights, logits=kept)
-        return self._gather(context, groups, parts, trace=trace)
+            (indices, weights), has_unused = parts[0], False
+        else:
+            indices, weights, has_unused = self._in_batch_order(context, groups, parts)
+        logits = self._spread(context, groups, scores) if trace else None
+        return RoutingDecision(indices=indices, weights=weights, logits=logits, has_unused=has_unused)
 
     def _here(self, group: AllowedGroup) -> AllowedGroup:
         """Leave out the experts that have nothing at this layer."""
@@ -89,57 +93,78 @@ class Router(nn.Module):
             return token(features)
         return running_mean(features, layer=context.layer, token_mask=context.token_mask, state=context.state)
 
-    def _route_group(
+    def _score(
         self,
         features: torch.Tensor,
         counts: torch.Tensor,
         group: AllowedGroup,
         context: RoutingContext,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return ids ``(tokens, k)``, weights ``(tokens, k)`` and logits ``(tokens, n)`` of one group."""
+    ) -> torch.Tensor:
+        """Return the logits ``(tokens, n)`` of one group: its rows, scored for its own experts only."""
         if group.rows is not None:
-            features, counts = features[group.rows], counts[group.rows]
+            features, counts = features.index_select(0, group.rows), counts.index_select(0, group.rows)
         logits = self.scorer(features.flatten(0, 1), counts.flatten(), group.experts)
         if context.logit_bias is not None:
             logits = logits + context.logit_bias[list(group.experts)]
-        positions, weights = self.selector(logits)
+        return logits
+
+    def _select(
+        self, groups: Sequence[AllowedGroup], scores: Sequence[torch.Tensor]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return ids ``(tokens, k)`` and weights ``(tokens, k)`` of each group."""
+        if len(groups) == 1:
+            positions, weights = self.selector(scores[0])
+            return [(self._ids(groups[0], positions), weights)]
+        if len({logits.shape[1] for logits in scores}) == 1:  # alike in width: one call for all of them
+            sizes = [logits.shape[0] for logits in scores]
+            positions, weights = self.selector(torch.cat(list(scores)))
+            chosen = list(zip(positions.split(sizes), weights.split(sizes), strict=True))
+        else:
+            chosen = [self.selector(logits) for logits in scores]
+        return [(self._ids(group, at), weights) for group, (at, weights) in zip(groups, chosen, strict=True)]
+
+    def _ids(self, group: AllowedGroup, positions: torch.Tensor) -> torch.Tensor:
+        """Turn positions among a group's experts into ids."""
         if len(group.experts) == self.num_experts + 1:  # positions are ids
-            return positions, weights, logits
-        ids = torch.tensor(group.experts, device=positions.device)
-        return ids[positions], weights, logits
+            return positions
+        key = (group.experts, positions.device)
+        if key not in self._id_tables:
+            with torch.inference_mode(False):  # kept for calls that train
+                self._id_tables[key] = torch.tensor(group.experts, device=positions.device)
+        return self._id_tables[key][positions]
 
-    def _gather(
-        self,
+    @staticmethod
+    def _in_batch_order(
         context: RoutingContext,
-        groups: list[AllowedGroup],
-        parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
-        *,
-        trace: bool,
-    ) -> RoutingDecision:
-        """Put the groups' decisions back in the order of the batch's rows."""
+        groups: Sequence[AllowedGroup],
+        parts: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    ) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        """Put the groups' decisions back in the order of the batch's rows; say whether any slot is empty."""
         batch, length = context.hidden_states.shape[:2]
-        k = max(ids.shape[1] for ids, _, _ in parts)
-        has_unused = any(ids.shape[1] < k for ids, _, _ in parts)
-        indices = parts[0][0].new_full((batch, length, k), UNUSED)
-        weights = parts[0][1].new_zeros((batch, length, k))
-        for group, (ids, w, _) in zip(groups, parts, strict=True):
-            indices[group.rows, :, : ids.shape[1]] = ids.view(-1, length, ids.shape[1])
-            weights[group.rows, :, : ids.shape[1]] = w.view(-1, length, w.shape[1])
-        logits = None
-        if trace:
-            spread = weights.new_full((batch, length, self.num_experts + 1), float("-inf"))
-            for group, (_, _, part) in zip(groups, parts, strict=True):
-                spread[group.rows] = self._spread(part, group.experts).view(-1, length, spread.shape[2])
-            logits = spread.flatten(0, 1)
-        return RoutingDecision(
-            indices=indices.flatten(0, 1),
-            weights=weights.flatten(0, 1),
-            logits=logits,
-            has_unused=has_unused,
-        )
+        k = max(ids.shape[1] for ids, _ in parts)
+        has_unused = any(ids.shape[1] < k for ids, _ in parts)
+        if has_unused:
+            parts = [(_widen(ids, k, UNUSED), _widen(weights, k, 0)) for ids, weights in parts]
+        rows = torch.cat([group.rows for group in groups if group.rows is not None])
+        ordered = []
+        for column in zip(*parts, strict=True):
+            together = torch.cat(column).view(batch, length, k)
+            ordered.append(torch.empty_like(together).index_copy_(0, rows, together).view(-1, k))
+        return ordered[0], ordered[1], has_unused
 
-    def _spread(self, logits: torch.Tensor, experts: tuple[int, ...]) -> torch.Tensor:
-        """Give every expert a column; those that were not allowed get ``-inf``."""
-        spread = logits.new_full((logits.shape[0], self.num_experts + 1), float("-inf")).float()
-        spread[:, list(experts)] = logits.float()
-        return spread
+    def _spread(
+        self, context: RoutingContext, groups: Sequence[AllowedGroup], scores: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """Give every expert a column, in the order of the batch's rows; those not allowed get ``-inf``."""
+        batch, length = context.hidden_states.shape[:2]
+        spread = scores[0].new_full((batch, length, self.num_experts + 1), float("-inf"), dtype=torch.float32)
+        for group, logits in zip(groups, scores, strict=True):
+            rows = slice(None) if group.rows is None else group.rows
+            wide = spread.new_full((logits.shape[0], spread.shape[2]), float("-inf"))
+            wide[:, list(group.experts)] = logits.float()
+            spread[rows] = wide.view(-1, length, spread.shape[2])
+        return spread.flatten(0, 1)
+
+
+def _widen(values: torch.Tensor, width: int, fill: int) -> torch.Tensor:
+    return F.pad(values, (0, width - values.shape[1]), value=fill)

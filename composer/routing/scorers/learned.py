@@ -46,6 +46,7 @@ class LearnedScorer(Scorer):
         self.position = {expert: row for row, expert in enumerate(ids)}
         self.rows = nn.Parameter(rows)
         self.bias = None if bias is None else nn.Parameter(bias)
+        self._positions: dict[tuple[tuple[int, ...], torch.device], torch.Tensor] = {}
 
     @classmethod
     def problems(
@@ -95,13 +96,23 @@ class LearnedScorer(Scorer):
 
     def forward(self, features: torch.Tensor, counts: torch.Tensor, experts: Sequence[int]) -> torch.Tensor:
         """Score by dot product; see `Scorer.forward`. Rows are sliced before the product."""
-        everybody = len(experts) == self.rows.shape[0]
-        kept = [self.position[expert] for expert in experts]
-        rows = self.rows if everybody else self.rows[kept]
+        if len(experts) == self.rows.shape[0]:
+            rows, bias = self.rows, self.bias
+        else:
+            kept = self._kept(tuple(experts))
+            rows = self.rows.index_select(0, kept)
+            bias = None if self.bias is None else self.bias.index_select(0, kept)
         logits = F.linear(features.to(rows.dtype), rows)
-        if self.bias is None:
+        if bias is None:
             return logits
-        bias = self.bias if everybody else self.bias[kept]
         # the anchor has no bias: it is the reference that an owner's row has to beat
-        negative = torch.cat([bias.new_zeros(1), bias[1:].clamp(max=0.0)])
-        return logits + negative
+        return logits + F.pad(bias[1:].clamp(max=0.0), (1, 0))
+
+    def _kept(self, experts: tuple[int, ...]) -> torch.Tensor:
+        """Return the rows of a set of experts; tensors of indices are made once per set."""
+        key = (experts, self.rows.device)
+        if key not in self._positions:
+            kept = [self.position[expert] for expert in experts]
+            with torch.inference_mode(False):  # kept for calls that train
+                self._positions[key] = torch.tensor(kept, device=self.rows.device)
+        return self._positions[key]

@@ -14,7 +14,8 @@ class Selector(nn.Module):
     """Turns logits into a choice.
 
     A selector sees the allowed experts only, so whatever it computes is what it would compute had the others
-    never been composed. Weights are non-negative; they sum to 1 where ``normalize`` is set.
+    never been composed; and each token by itself, so rows with different sets may share a call. Weights are
+    non-negative; they sum to 1 where ``normalize`` is set.
     """
 
     normalize: bool
