@@ -70,7 +70,7 @@ class Manifest(_Strict):
     """How the experts become one model."""
     base: str
     """Name of the public anchor in the registry."""
-    experts: tuple[ExpertEntry, ...] = Field(min_length=1)
+    experts: tuple[ExpertEntry, ...]
     """The experts, as references or as mappings with ``ref``."""
     opt_out: tuple[str, ...] = ()
     """Owners to leave out although their experts are listed."""
@@ -85,6 +85,8 @@ class Manifest(_Strict):
     @classmethod
     def _short_form(cls, value: Any) -> Any:
         if isinstance(value, list | tuple):
+            if not value:  # counted here: pydantic would count the well-formed entries only
+                raise ValueError("name at least one expert")
             return tuple({"ref": entry} if isinstance(entry, str) else entry for entry in value)
         return value
 

@@ -150,11 +150,6 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        """Say that the kernel can be chosen; transformers guesses it from the source of its own models."""
-        return True
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
         """Full experts run through any registered kernel; the library tells by reading the class's source."""
         return True
 
