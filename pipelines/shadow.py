@@ -70,7 +70,9 @@ def _explain_one(shadow: Shadow) -> str:
     owners = _distributions(shadow.name)
     if owners:
         listed = " and ".join(f"'{owner}'" for owner in owners)
-        return f"{head} It comes from the distribution {listed}. Install coterie in an environment without it."
+        return (
+            f"{head} It comes from the distribution {listed}. Install coterie in an environment without it."
+        )
     return f"{head} Rename that folder, take it off PYTHONPATH, or start coterie from another directory."
 
 

@@ -12,6 +12,7 @@ import typer
 
 from pipelines.cli.catalog import layer_ranges
 from pipelines.cli.errors import FAILURE
+from pipelines.cli.loading import quiet_transformers
 from pipelines.cli.options import (
     JsonOption,
     OutFolder,
@@ -208,7 +209,7 @@ def verify_optout_folder(
         from pipelines.train.windows import read_documents
 
         prompts = read_documents([text])[:_PROMPTS]
-    with spinner("Comparing") as report:
+    with quiet_transformers(), spinner("Comparing") as report:
         rows = verify_optout(out, owner=owner, prompts=prompts, progress=report)
     failed = [row for row in rows if not row.passed]
     if as_json:

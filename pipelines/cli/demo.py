@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from pipelines.cli.errors import resumable, writing_to
+from pipelines.cli.loading import quiet_transformers
 from pipelines.cli.options import JsonOption, RegistryOption, examples, open_registry
 from pipelines.cli.output import print_json
 
@@ -39,7 +40,8 @@ def demo(
     from pipelines.demo import run_demo
 
     named = registry or context.find_root().params.get("registry")
-    with writing_to(out), resumable(f"what was made so far is in {out}; the next run starts anew."):
+    advice = f"what was made so far is in {out}; the next run starts anew."
+    with writing_to(out), resumable(advice), quiet_transformers():
         report = run_demo(
             out,
             registry=open_registry(context, named) if named else None,

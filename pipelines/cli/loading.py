@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from composer.model import ComposedForCausalLM
     from registry import Registry
 
-__all__ = ["DeviceOption", "OptionError", "open_folder"]
+__all__ = ["DeviceOption", "OptionError", "open_folder", "quiet_transformers"]
 
 DeviceOption: TypeAlias = Annotated[
     str, typer.Option("--device", help="Where the model runs: auto, cpu, cuda, cuda:1, ...")
@@ -51,13 +51,13 @@ def open_folder(
 
     import composer
 
-    with _quiet_transformers():
+    with quiet_transformers():
         model = composer.load(out, opt_out=set(opt_out), registry=registry, device=device)
         yield model, AutoTokenizer.from_pretrained(out, local_files_only=True)
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Keep transformers' own bars and advice off the terminal inside the block."""
     from transformers.utils import logging
 
