@@ -6,8 +6,8 @@ of how routers decide.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,16 +37,26 @@ Tensors = Mapping[str, torch.Tensor]
 class _Source:
     """One expert's weights, by layer and role."""
 
-    def __init__(self, member: Member, base: BaseDescription, stack: ExitStack) -> None:
+    def __init__(self, member: Member, base: BaseDescription) -> None:
+        self.member = member
         self.id = member.id
         self.kind = member.card.kind
         self.layers = frozenset(member.card.layers)
         self.base = base
         kind = get_kind(self.kind)
+        self.weights_file = kind.weights_file
         config = kind.read_config(member.file(kind.config_file))
-        self.tensors: Tensors = stack.enter_context(member.tensors(kind.weights_file))
-        _check_names(member, self.tensors, kind.resolve(config, base).shapes)
+        self.tensors: Tensors = {}
+        with self.opened():
+            _check_names(member, self.tensors, kind.resolve(config, base).shapes)
         self.lora = lora_spec(config, base) if self.kind == "lora" else None
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Map the file for the enclosed code; unmapping it gives back the pages that were read."""
+        with self.member.tensors(self.weights_file) as self.tensors:
+            yield
+        self.tensors = {}
 
     def low_rank(self, layer: int, dtype: torch.dtype, device: torch.device) -> LowRankExpert:
         """Read the adapter of one layer."""
@@ -85,10 +95,12 @@ def install_experts(
         normalized: Whether the selector's weights sum to 1.
     """
     base = members.description
-    with ExitStack() as stack:
-        sources = [_Source(member, base, stack) for member in members.experts]
-        for layer in sorted(set().union(*(source.layers for source in sources))):
-            here = [source for source in sources if layer in source.layers]
+    sources = [_Source(member, base) for member in members.experts]
+    for layer in sorted(set().union(*(source.layers for source in sources))):
+        here = [source for source in sources if layer in source.layers]
+        with ExitStack() as stack:
+            for source in here:
+                stack.enter_context(source.opened())
             _install_layer(model, base, layer, here, len(sources), router_for, normalized)
 
 

@@ -103,7 +103,7 @@ class Router(nn.Module):
         """Return the logits ``(tokens, n)`` of one group: its rows, scored for its own experts only."""
         if group.rows is not None:
             features, counts = features.index_select(0, group.rows), counts.index_select(0, group.rows)
-        logits = self.scorer(features.flatten(0, 1), counts.flatten(), group.experts)
+        logits: torch.Tensor = self.scorer(features.flatten(0, 1), counts.flatten(), group.experts)
         if context.logit_bias is not None:
             logits = logits + context.logit_bias[list(group.experts)]
         return logits

@@ -96,12 +96,12 @@ class LearnedScorer(Scorer):
 
     def forward(self, features: torch.Tensor, counts: torch.Tensor, experts: Sequence[int]) -> torch.Tensor:
         """Score by dot product; see `Scorer.forward`. Rows are sliced before the product."""
-        if len(experts) == self.rows.shape[0]:
-            rows, bias = self.rows, self.bias
-        else:
+        rows: torch.Tensor = self.rows
+        bias: torch.Tensor | None = self.bias
+        if len(experts) != rows.shape[0]:
             kept = self._kept(tuple(experts))
-            rows = self.rows.index_select(0, kept)
-            bias = None if self.bias is None else self.bias.index_select(0, kept)
+            rows = rows.index_select(0, kept)
+            bias = None if bias is None else bias.index_select(0, kept)
         logits = F.linear(features.to(rows.dtype), rows)
         if bias is None:
             return logits
