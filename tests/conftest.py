@@ -368,6 +368,7 @@ class Pico:
         dtype: str | None = None,
         recipe: str = "flexolmo",
         name: str = "pico",
+        description: str = "",
         **router: Any,
     ) -> Manifest:
         """A manifest over the family's registry; further arguments go to ``router``."""
@@ -381,6 +382,7 @@ class Pico:
                 "experts": list(BLOCKS[block] if experts is None else experts),
                 "opt_out": list(opt_out),
                 "dtype": dtype,
+                "description": description,
                 "router": router,
             }
         )
