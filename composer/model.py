@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -242,6 +243,8 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         kwargs["allowed"] = self._allowed(opt_out, kwargs.get("allowed"), batch=batch)
         return super().generate(inputs, *args, **kwargs)
 
+    # generate() reads the signature to learn that embeddings can be given instead of ids
+    @wraps(GenerationMixin.prepare_inputs_for_generation, assigned=())
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Keep the plain padding mask beside whatever form the base model's attention wants."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
