@@ -214,7 +214,7 @@ class _Agent:
         for line in lines:
             number, _, body = line.partition(b" ")
             try:
-                index = int(number)
+                index = int(number) if number.isdigit() else len(self.tasks)
                 report = Progress.from_line(body, name=self.tasks[index].job.name)
             except (ValueError, IndexError):
                 self.problems.append("ValueError")

@@ -56,7 +56,9 @@ class OwnerRay:
         token = folder / "token"
         with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_hex(32))
-        os.environ.update(_ENVIRONMENT, RAY_AUTH_TOKEN_PATH=str(token), RAY_TMPDIR=str(folder))
+        # Ray opens its temporary folder to everybody (0777), hence one inside a folder that stays closed
+        inner = folder / "r"
+        os.environ.update(_ENVIRONMENT, RAY_AUTH_TOKEN_PATH=str(token), RAY_TMPDIR=str(inner))
         for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
             os.environ.pop(name, None)
         import ray
@@ -72,7 +74,7 @@ class OwnerRay:
             configure_logging=False,
             object_store_memory=_OBJECT_STORE_BYTES,
             namespace=secrets.token_hex(8),
-            _temp_dir=str(folder),
+            _temp_dir=str(inner),
             _node_ip_address="127.0.0.1",
         )
         self._task: Any = ray.remote(
