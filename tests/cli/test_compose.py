@@ -218,15 +218,18 @@ class TestGenerate:
 
 
 class TestVerifyOptout:
-    def test_every_owner_and_door(self, run: Any, composed: Path, texts: dict[str, Path]) -> None:
-        outcome = run("verify-optout", composed, "--text", texts["law"])
+    def test_every_owner_and_door(self, run: Any, composed: Path, tmp_path: Path) -> None:
+        (tmp_path / "prompts.txt").write_text("The licensee shall indemnify")
+        outcome = run("verify-optout", composed, "--text", tmp_path / "prompts.txt")
         assert (outcome.code, outcome.err) == (0, "")
         lines = outcome.out.splitlines()
         assert lines[0] == "OWNER  DOOR     LARGEST DIFFERENCE  BIT-IDENTICAL  PROMPTS  RESULT"
         assert [tuple(line.split()[:2]) for line in lines[1:]] == [
             (owner, door) for owner in ("acme", "hosp", "soft") for door in ("build", "load", "request")
         ]
-        assert {line.split()[-1] for line in lines[1:]} == {"ok"}
+        assert {tuple(line.split()[-2:]) for line in lines[1:]} == {
+            ("5", "ok")
+        }  # four random prompts and one real
         assert list(composed.parent.iterdir()) == [composed]
 
     def test_one_owner_as_json(self, run: Any, composed: Path) -> None:

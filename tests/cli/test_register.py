@@ -13,12 +13,17 @@ import pytest
 RAW = ("--domain", "law", "--license", "Apache-2.0")
 
 
-@pytest.fixture
-def bare(run: Any, base_folder: Path, tmp_path: Path) -> Path:
-    """A registry with the base and no expert."""
-    registry = tmp_path / "bare"
+@pytest.fixture(scope="session")
+def untouched(run: Any, base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    registry = tmp_path_factory.mktemp("untouched") / "registry"
     assert run("base", "add", base_folder, "--name", "pico", registry=registry).code == 0
     return registry
+
+
+@pytest.fixture
+def bare(untouched: Path, tmp_path: Path) -> Path:
+    """A registry with the base and no expert, which a test may change."""
+    return Path(shutil.copytree(untouched, tmp_path / "bare"))
 
 
 @pytest.fixture

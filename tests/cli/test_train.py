@@ -88,7 +88,7 @@ def test_an_interrupted_job_resumes(
 
         yield report
 
-    job = write_job(steps=40)
+    job = write_job(steps=6)
     with monkeypatch.context() as patch:
         patch.setattr(command, "job_board", interrupting)
         outcome = run("train", job, "--local", "--out", tmp_path / "t", registry=filled)

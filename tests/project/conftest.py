@@ -122,7 +122,7 @@ def workplace(pico: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / "examples", folder / "examples")
     (folder / "examples" / "data").mkdir()
     for domain, sentence in SENTENCES.items():
-        lines = (json.dumps({"text": sentence * count}) + "\n" for count in range(8, 28))
+        lines = (json.dumps({"text": sentence * count}) + "\n" for count in range(4, 10))
         (folder / "examples" / "data" / f"{domain}.jsonl").write_text("".join(lines))
     shutil.copy(folder / "examples" / "data" / "licences.jsonl", folder / "law.jsonl")
     _shorten_jobs(folder, coordination="true")  # the demo's experts have rows too, for the learned scorer
