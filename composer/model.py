@@ -149,6 +149,11 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         """Return the base model's output embeddings."""
         return self.base.get_output_embeddings()  # type: ignore[no-any-return,operator]
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Full experts run through any registered kernel; the library tells by reading the class's source."""
+        return True
+
     def _init_weights(self, module: nn.Module) -> None:
         """Leave weights as they are: the base initialises its own and experts are read from files."""
 
