@@ -1,8 +1,8 @@
 """Proves an opt-out: composes the model an owner never joined and compares it through all three doors.
 
 Build: a folder composed without the owner. Load: this folder with the owner's files left unopened. Request: the
-whole model told to leave the owner out for some rows of a batch. Each is compared on random and on given prompts,
-in one pass and token by token through the cache.
+whole model told to leave the owner out for half of the rows of a batch. Each is compared on random and on given
+prompts, in one pass and token by token through the cache.
 """
 
 from __future__ import annotations
@@ -167,14 +167,15 @@ def _verify_owner(
     batches = prompts(whole.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
     expected = [_logits(never, ids) for ids in batches]
     rows = []
-    for door in ("build", "load", "request"):
+    for door in ("build", "load"):
         progress(f"{owner}: {door}")
-        if door == "request":
-            got = [_request_logits(whole, ids, owner) for ids in batches]
-        else:
-            model = _build_without(folder, owner) if door == "build" else _load(folder, opt_out={owner})
-            got = [_logits(model, ids) for ids in batches]
-        rows.append(_compare(owner, door, got, expected))
+        model = _build_without(folder, owner) if door == "build" else _load(folder, opt_out={owner})
+        rows.append(_compare(owner, door, [_logits(model, ids) for ids in batches], expected))
+    progress(f"{owner}: request")
+    asked = [_first_half(whole, ids, [{owner}] * len(ids) + [set()] * len(ids)) for ids in batches]
+    # in the same batch: the last bits of a float32 product depend on its number of rows, experts or not
+    beside = [_first_half(never, ids, None) for ids in batches]
+    rows.append(_compare(owner, "request", asked, beside))
     return rows
 
 
@@ -206,12 +207,13 @@ def _logits(model: ComposedForCausalLM, ids: torch.Tensor, **kwargs: Any) -> lis
     return [full, torch.cat(steps, dim=1)]
 
 
-def _request_logits(model: ComposedForCausalLM, ids: torch.Tensor, owner: str) -> list[torch.Tensor]:
-    """Put the rows between rows that leave nobody out, and return the former's logits."""
+def _first_half(
+    model: ComposedForCausalLM, ids: torch.Tensor, opt_out: list[set[str]] | None
+) -> list[torch.Tensor]:
+    """Run the prompts beside copies of themselves, and return the logits of the first half of the batch."""
     import torch
 
     doubled = torch.cat([ids, ids])
-    opt_out = [{owner}] * len(ids) + [set[str]()] * len(ids)
     return [logits[: len(ids)] for logits in _logits(model, doubled, opt_out=opt_out)]
 
 
