@@ -66,12 +66,17 @@ def run_demo(
         DataError: ``out`` exists and is not of an earlier run.
         TrainingError: A job failed.
     """
-    return _Demo(
+    import composer.hf  # noqa: F401  tells transformers' Auto classes what a composed folder is
+    from pipelines.cli.loading import quiet_transformers
+
+    demo = _Demo(
         out=out,
         registry=registry,
         console=console or _stdout(),
         settings=settings or (QUICK if quick else FULL),
-    ).run(inputs)
+    )
+    with quiet_transformers():
+        return demo.run(inputs)
 
 
 def _stdout() -> Console:
@@ -100,7 +105,12 @@ class _Demo:
         from pipelines.train.anchor import compute_dtype
 
         with self._stage("download", "Anchor and texts") as tell:
-            self.inputs = inputs or DemoInputs.from_assets(progress=tell)
+
+            def say(what: str) -> None:  # told only where something is not in the cache yet
+                tell(what)
+                self.console.print(what, highlight=False)
+
+            self.inputs = inputs or DemoInputs.from_assets(progress=say)
         with self._stage("base", "The public anchor enters the registry"):
             self._add_base()
         self.dtype = compute_dtype(self.base.description)
@@ -260,7 +270,8 @@ class _Demo:
     def _verify(self, tell: Any) -> dict[str, float]:
         from composer import verify_optout
 
-        prompts = [owner.held_out[0][:400] for owner in self.inputs.owners]
+        length = self.settings.verified_characters
+        prompts = [owner.held_out[0][:length] for owner in self.inputs.owners]
         rows = verify_optout(self.composed, prompts=prompts, progress=tell)
         doors = dict.fromkeys(("build", "load", "request"), 0.0)
         for row in rows:
@@ -303,9 +314,12 @@ class _Demo:
                 f"{mark}: {figure.name}: {figure.value:.4g} (bound {figure.bound:.4g} {figure.unit})",
                 highlight=False,
                 markup=False,
+                soft_wrap=True,
             )
         reached = sum(figure.reached for figure in figures)
-        self.console.print(f"\n{reached} of {len(figures)} figures reached. Report: {self.out / 'report.md'}")
+        self.console.print(
+            f"\n{reached} of {len(figures)} figures reached. Report: {self.out / 'report.md'}", soft_wrap=True
+        )
 
     def _print_text(self, title: str, text: str) -> None:
         from rich.panel import Panel

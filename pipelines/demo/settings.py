@@ -26,17 +26,19 @@ class DemoSettings:
         public_windows: Windows of public text behind the anchor's statistics.
         measured_windows: Held-out windows of each domain.
         new_tokens: Length of the sample texts.
+        verified_characters: Length of the real prompts that opting out is verified on, one of each domain.
         runner: ``ray``: a process and a Ray for each owner, side by side; ``local``: here, one after the other.
     """
 
-    steps: int = 40
+    steps: int = 30
     batch_size: int = 4
     sequence_length: int = 128
     rank: int = 16
     layers: str = "upper-half"
-    public_windows: int = 128
-    measured_windows: int = 16
+    public_windows: int = 96
+    measured_windows: int = 12
     new_tokens: int = 40
+    verified_characters: int = 160
     runner: Literal["ray", "local"] = "ray"
 
 
