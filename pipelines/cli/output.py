@@ -53,11 +53,12 @@ def print_table(
     if not cells:
         print_line(empty)
         return
-    widths = [max(len(heading), *(len(row[i]) for row in cells)) for i, heading in enumerate(columns)]
-    justify = [str.rjust if heading in right else str.ljust for heading in columns]
-    for row in ([*columns], *cells):
-        aligned = (place(cell, width) for place, cell, width in zip(justify, row, widths, strict=True))
-        print_line("  ".join(aligned).rstrip())
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    layout = "  ".join(
+        f"{{:{'>' if heading in right else '<'}{width}}}"
+        for heading, width in zip(columns, widths, strict=True)
+    ).format
+    sys.stdout.write("".join(f"{layout(*row).rstrip()}\n" for row in ([*columns], *cells)))
 
 
 def print_fields(fields: Mapping[str, object], *, indent: int = 0) -> None:
@@ -105,6 +106,8 @@ def _scaled(count: int, *, base: int, units: Sequence[str]) -> str:
 
 
 def _cell(value: object) -> str:
+    if isinstance(value, str):
+        return printable(value)
     if value is None:
         return "-"
     if isinstance(value, bool):

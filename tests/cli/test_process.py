@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
@@ -130,3 +131,34 @@ def test_completion_stays_silent_where_there_is_no_registry(call: Call, tmp_path
         COMP_CWORD="2",
     )
     assert (result.returncode, result.stdout.strip(), result.stderr) == (0, "", "")
+
+
+def test_ten_thousand_experts_are_listed_within_a_second(call: Call, registry: Path) -> None:
+    """Processor time of the whole command, so that other processes on the machine do not count."""
+    resource = pytest.importorskip("resource")
+    index = sqlite3.connect(registry / "index.sqlite")
+    (row,) = index.execute("SELECT * FROM experts WHERE name = 'acme/contracts'").fetchall()
+    columns = [name for _, name, *_ in index.execute("PRAGMA table_info(experts)")]
+    template = dict(zip(columns, row, strict=True))
+    rows = [
+        template
+        | {
+            "sequence": 100 + i,
+            "name": f"owner{i % 97}/expert{i}",
+            "owner": f"owner{i % 97}",
+            "digest": f"{i:064x}",
+        }
+        for i in range(10_000)
+    ]
+    index.executemany(f"INSERT INTO experts VALUES ({', '.join(f':{name}' for name in columns)})", rows)
+    index.commit()
+    index.close()
+
+    def seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        result = call("--registry", registry, "list")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert len(result.stdout.splitlines()) == 10_004
+        return float(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+
+    assert min(seconds() for _ in range(3)) < 1.0

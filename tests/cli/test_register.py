@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -143,11 +144,17 @@ def test_dry_run_checks_and_registers_nothing(
 
 def test_dry_run_refuses_what_registering_would(run: Any, bare: Path, packed: Path) -> None:
     weights = packed / "adapter_model.safetensors"
+    before = hashlib.sha256(weights.read_bytes()).hexdigest()
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    after = hashlib.sha256(weights.read_bytes()).hexdigest()
     dry = run("register", packed, "--dry-run", registry=bare)
     real = run("register", packed, registry=bare)
-    assert dry.code == real.code == 2
-    assert "adapter_model.safetensors" in dry.err
+    assert dry == real
+    assert (dry.code, dry.out) == (2, "")
+    assert dry.err == (
+        "Error: The folder of expert 'acme/contracts' is not as packed:\n"
+        f"  - adapter_model.safetensors: sha256 is {after}, the card declares {before}\n"
+    )
 
 
 def test_missing_options(run: Any, bare: Path, adapters: dict[str, Path]) -> None:
@@ -199,10 +206,13 @@ def test_no_such_folder(run: Any, bare: Path, tmp_path: Path) -> None:
 
 def test_an_owner_who_has_opted_out(run: Any, registry: Path, adapters: dict[str, Path]) -> None:
     assert run("opt-out", "add", "acme", "--reason", "gone", "--by", "ann", registry=registry).code == 0
+    (entry,) = run("opt-out", "list", "--json", registry=registry).json
     outcome = run("register", adapters["acme"], "--name", "acme/new", *RAW, registry=registry)
-    assert outcome.code == 2
-    assert "acme" in outcome.err
-    assert "gone" in outcome.err
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.splitlines()[-1] == (
+        f"Error: 'acme' has opted out: since {entry['when']}, by ann, because: gone. The registry takes no expert of "
+        "this owner until the opt-out is taken back (coterie opt-out remove acme)."
+    )
 
 
 def test_an_adapter_with_a_head_is_refused(
@@ -217,7 +227,11 @@ def test_an_adapter_with_a_head_is_refused(
     save_file(tensors, folder / "adapter_model.safetensors")
     outcome = run("register", folder, "--name", "acme/evil", *RAW, registry=bare)
     assert (outcome.code, outcome.out) == (2, "")
-    assert "base_model.model.lm_head.weight" in outcome.err
+    assert outcome.err == (
+        "Error: adapter_model.safetensors of expert 'acme/evil' does not hold exactly the tensors that "
+        "adapter_config.json gives on the base 'pico' (all of one dtype out of F32, BF16, F16):\n"
+        "  - tensor 'base_model.model.lm_head.weight': F32 (257, 32) found, not allowed here\n"
+    )
     assert run("list", "--json", registry=bare).json == []
 
 
