@@ -75,7 +75,7 @@ def main() -> None:
     orders, folder, threads = _accept(json.loads(sys.stdin.buffer.readline()))
     stop = _watch_hub(sys.stdin.buffer, mark=folder / "stop")
     try:
-        with private_log(orders[0].job.directory / "agent.log"):
+        with private_log(orders[0].job.agent_log_path):
             _serve(orders, hub=hub, folder=folder, threads=threads, stop=stop)
     finally:
         _end_children()

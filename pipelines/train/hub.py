@@ -351,12 +351,13 @@ def _listen(agents: Sequence[_Agent], *, progress: ProgressFn | None, deadline: 
 def _outcomes(agent: _Agent) -> Iterator[JobOutcome]:
     for task, final in zip(agent.tasks, agent.latest, strict=True):
         done = final.stage == "done" and not agent.problems and task.out.is_dir()
+        log = task.job.log_path
         error = None if done else final.error or (agent.problems or [TrainingError.__name__])[0]
         yield JobOutcome(
             name=task.job.name,
             folder=task.out if done else None,
             error=error,
             message=None,
-            log=task.job.log_path,
+            log=log if log.exists() else agent.tasks[0].job.agent_log_path,
             final=final,
         )

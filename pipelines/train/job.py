@@ -287,6 +287,11 @@ class DomainJob(_Settings):
         return self.directory / "train.log"
 
     @property
+    def agent_log_path(self) -> Path:
+        """Where the owner's agent keeps its log, if this is the first of its jobs (mode 0600)."""
+        return self.directory / "agent.log"
+
+    @property
     def base_path(self) -> Path | None:
         """The checkpoint folder, if ``base`` is one; None if it is a name."""
         return Path(self.base) if _is_path(self.base) else None
@@ -316,6 +321,8 @@ class DomainJob(_Settings):
             "seed": self.seed,
             "coordination": self.coordination.enabled,
         }
+        if self.statistics.enabled:
+            settings["statistics_skip_first"] = self.statistics.skip_first
         if self.coordination.enabled:
             settings |= {
                 "router_z_loss": self.coordination.router_z_loss,

@@ -45,7 +45,8 @@ class OwnerRay:
 
     Token authentication with a token of its own, loopback, no dashboard, no usage statistics, nothing
     streamed to the driver, a temporary folder that only the owner can enter, no retries. Everything is set
-    before Ray is imported: some of it is ignored later.
+    before Ray is imported: some of it is ignored later. Ray's control server listens on every interface all
+    the same, so against others on the network it is the token that protects.
 
     Args:
         folder: An existing folder of mode 0700 with a short path (Ray puts Unix sockets into it).
