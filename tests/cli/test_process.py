@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import sqlite3
 import subprocess
@@ -162,3 +164,28 @@ def test_ten_thousand_experts_are_listed_within_a_second(call: Call, registry: P
         return float(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
     assert min(seconds() for _ in range(3)) < 1.0
+
+
+def test_a_terminal_sees_progress_and_stdout_stays_clean(base_folder: Path, tmp_path: Path) -> None:
+    """A bar with bytes and a rate, on stderr only, where stderr is a terminal."""
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", "base", "add", str(base_folder), "--name", "pico", "--json"],
+        cwd=tmp_path,
+        env=environment(COTERIE_REGISTRY=str(tmp_path / "r"), TERM="xterm", COLUMNS="100"),
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        text=True,
+    )
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # what Linux raises when the other side is closed
+        while data := os.read(ours, 1 << 16):
+            shown += data
+    os.close(ours)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert json.loads(out)["name"] == "pico"
+    assert b"Adding pico" in shown
+    assert b"kB" in shown
+    assert b"B/s" in shown
