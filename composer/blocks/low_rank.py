@@ -15,7 +15,11 @@ from torch.nn import functional as F
 
 from composer.blocks.parts import FFNParts
 
-__all__ = ["LowRankExpert", "LowRankFFN"]
+__all__ = ["SEGMENT", "LowRankExpert", "LowRankFFN"]
+
+SEGMENT = 16
+"""Rows of an adapter's products are filled up to a multiple of this with zeros. The last bits of a product of few
+rows depend on how many there are, and how many tokens meet an expert depends on what other requests allow."""
 
 
 class LowRankExpert(nn.Module):
@@ -35,7 +39,9 @@ class LowRankExpert(nn.Module):
         """Return ``s B A x`` for ``(tokens, in)``, or None where the expert leaves this linear alone."""
         if role not in self.scaling:
             return None
-        return F.linear(F.linear(x, self.lora_A[role]) * self.scaling[role], self.lora_B[role])
+        rows = x.shape[0]
+        x = F.pad(x, (0, 0, 0, -rows % SEGMENT))
+        return F.linear(F.linear(x, self.lora_A[role]) * self.scaling[role], self.lora_B[role])[:rows]
 
 
 class LowRankFFN(nn.Module):

@@ -166,7 +166,7 @@ class LDAScorer(Scorer):
     def discriminants(
         self, experts: Sequence[int], device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the gate of a set of experts, float32 ``(n, d)`` and ``(n,)``, solved on first use."""
+        """Return the gate of a set of experts, float64 ``(n, d)`` and ``(n,)``, solved on first use."""
         key = (tuple(experts), str(device))
         if key not in self._solved:
             weights, biases = solve_lda(
@@ -175,8 +175,8 @@ class LDAScorer(Scorer):
                 anchor_prior=self.anchor_prior,
             )
             self._solved[key] = (
-                torch.from_numpy(weights).to(device, torch.float32),
-                torch.from_numpy(biases).to(device, torch.float32),
+                torch.from_numpy(weights).to(device),
+                torch.from_numpy(biases).to(device),
             )
         return self._solved[key]
 
@@ -185,7 +185,8 @@ class LDAScorer(Scorer):
         if list(experts) == [ANCHOR]:
             return features.new_zeros(features.shape[0], 1)
         weights, biases = self.discriminants(experts, features.device)
-        logits = torch.addmm(biases, features, weights.T) / self.temperature
+        # float64: a row's logits must not depend on how many rows of its group are scored beside it
+        logits = torch.addmm(biases, features.double(), weights.T).float() / self.temperature
         if self.evidence:
             logits = logits * counts.pow(self.evidence).unsqueeze(-1)
         return logits
