@@ -308,6 +308,10 @@ def _logits(model: nn.Module, ids: Tensor, opt_out: Collection[str]) -> Tensor:
 
 
 def _summed_nll(logits: Tensor, ids: Tensor) -> Tensor:
-    """Sum over the windows of ``-log p(id[t+1] | id[..t])``, in float32."""
-    predicted = logits[:, :-1].flatten(0, 1).float()
-    return F.cross_entropy(predicted, ids[:, 1:].flatten().to(predicted.device), reduction="sum")
+    """Sum over the windows of ``-log p(id[t+1] | id[..t])``, in float32; window by window, to save memory."""
+    targets = ids[:, 1:].to(logits.device)
+    losses = [
+        F.cross_entropy(predicted[:-1].float(), target, reduction="sum")
+        for predicted, target in zip(logits, targets, strict=True)
+    ]
+    return torch.stack(losses).sum()

@@ -38,7 +38,7 @@ class DemoSettings:
     public_windows: int = 96
     measured_windows: int = 12
     new_tokens: int = 40
-    verified_characters: int = 160
+    verified_characters: int = 96
     runner: Literal["ray", "local"] = "ray"
 
 
