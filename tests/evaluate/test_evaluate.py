@@ -101,7 +101,8 @@ def test_leave_one_out_has_an_arm_for_every_owner(pico, tokenizer, data):
     }
     single = evaluate(pico.loaded(), tokenizer, data, opt_out={pico.owners[-1]}, **SETTINGS)
     for name in data:
-        assert results[f"composed-without:{pico.owners[-1]}"].domains[name].nll == pytest.approx(single.domains[name].nll)
+        without = results[f"composed-without:{pico.owners[-1]}"]
+        assert without.domains[name].nll == pytest.approx(single.domains[name].nll)
     assert seen[-1] == (720, 720)
     assert seen == sorted(seen)
 
