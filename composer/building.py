@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from composer.lineage import optout_class
 from composer.lock import LOCK_NAME, Lock, LockedBase, LockedExpert
 from composer.members import BASE_FOLDER, DESCRIPTION_NAME, PUBLIC_FOLDER
 from composer.model_card import write_model_card
@@ -264,7 +265,8 @@ def _lock(plan: Plan) -> Lock:
         router=plan.manifest.router,
         dtype=plan.manifest.dtype,
         experts=experts,
-        optout_class=plan.optout_class,
+        # a recipe may promise less than its files would allow, never more
+        optout_class=plan.optout_class if plan.optout_class != "exact" else optout_class(lineage),
         lineage=lineage,
     )
 

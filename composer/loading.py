@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["load"]
 
-_DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
-
 
 def load(
     path: Path | str,
