@@ -7,7 +7,6 @@ files.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -25,7 +24,7 @@ from composer.layers.moe import MoELayer
 from composer.optout import OptOut, allowed_experts
 from composer.routing.router import Router
 from composer.routing.state import RouterState, RouterStateLayer
-from composer.routing.types import AllowedGroup, group_rows
+from composer.routing.types import group_rows
 from experts.errors import OptOutError
 
 __all__ = ["ComposedForCausalLM", "Gate", "Membership"]
@@ -202,7 +201,7 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         mask = self._allowed(opt_out, allowed, batch=tokens.shape[0])
         state = self._state(past_key_values, mask)
         routing = ForwardPass(
-            groups=self._groups(mask),
+            groups=group_rows(mask, device=self.device),
             token_mask=_token_mask(attention_mask, token_mask, length=tokens.shape[1]),
             state=state,
         )
@@ -275,14 +274,6 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
                 f"({batch}, {len(members.experts) + 1}), the anchor first."
             )
         return allowed.to("cpu", torch.bool)
-
-    def _groups(self, mask: torch.Tensor) -> Sequence[AllowedGroup]:
-        groups = group_rows(mask)
-        device = self.device
-        return [
-            group if group.rows is None else AllowedGroup(experts=group.experts, rows=group.rows.to(device))
-            for group in groups
-        ]
 
     def _state(self, cache: Cache | None, mask: torch.Tensor) -> RouterState:
         """Return the state to continue from, or a fresh one for an empty or absent cache."""

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from composer.routing.contexts import ContextName, running_mean, token
 from composer.routing.scorers.base import Scorer
 from composer.routing.selectors.base import Selector
-from composer.routing.types import ANCHOR, UNUSED, AllowedGroup, RoutingContext, RoutingDecision
+from composer.routing.types import ANCHOR, UNUSED, AllowedGroup, Groups, RoutingContext, RoutingDecision
 
 __all__ = ["Router"]
 
@@ -48,7 +48,6 @@ class Router(nn.Module):
         self.selector = selector
         self.context = context
         self.num_experts = num_experts
-        self._id_tables: dict[tuple[tuple[int, ...], torch.device], torch.Tensor] = {}
 
     def forward(self, context: RoutingContext, *, trace: bool = False) -> RoutingDecision:
         """Route every token of a batch.
@@ -57,26 +56,24 @@ class Router(nn.Module):
             context: What may be looked at.
             trace: Whether to keep the logits.
         """
-        groups = context.groups if self.present is None else [self._here(group) for group in context.groups]
+        groups = Groups.of(context.groups)
+        if self.present is not None:
+            groups = groups.within(self.present)
         # the features come first: a running mean advances whoever is allowed
         features, counts = self._features(context)
-        if all(group.experts == (ANCHOR,) for group in groups):
+        if groups.anchor_only:
             return self._anchor_only(context)
-        scores = [self._score(features, counts, group, context) for group in groups]
-        parts = self._select(groups, scores)
-        if len(parts) == 1:
-            (indices, weights), has_unused = parts[0], False
+        scores = self._score(features, counts, groups, context)
+        if groups.width is None:
+            indices, weights, has_unused = self._select_apart(groups, scores, features.shape[1])
         else:
-            indices, weights, has_unused = self._in_batch_order(context, groups, parts)
-        logits = self._spread(context, groups, scores) if trace else None
-        return RoutingDecision(indices=indices, weights=weights, logits=logits, has_unused=has_unused)
-
-    def _here(self, group: AllowedGroup) -> AllowedGroup:
-        """Leave out the experts that have nothing at this layer."""
-        if self.present is None:
-            return group
-        experts = tuple(expert for expert in group.experts if expert in self.present)
-        return AllowedGroup(experts=experts, rows=group.rows)
+            (indices, weights), has_unused = self._select_together(groups, scores, features.shape[1]), False
+        return RoutingDecision(
+            indices=indices,
+            weights=weights,
+            logits=self._spread(context, groups, scores) if trace else None,
+            has_unused=has_unused,
+        )
 
     def _anchor_only(self, context: RoutingContext) -> RoutingDecision:
         tokens = context.hidden_states.shape[0] * context.hidden_states.shape[1]
@@ -94,63 +91,53 @@ class Router(nn.Module):
         return running_mean(features, layer=context.layer, token_mask=context.token_mask, state=context.state)
 
     def _score(
-        self,
-        features: torch.Tensor,
-        counts: torch.Tensor,
-        group: AllowedGroup,
-        context: RoutingContext,
-    ) -> torch.Tensor:
-        """Return the logits ``(tokens, n)`` of one group: its rows, scored for its own experts only."""
-        if group.rows is not None:
-            features, counts = features.index_select(0, group.rows), counts.index_select(0, group.rows)
-        logits: torch.Tensor = self.scorer(features.flatten(0, 1), counts.flatten(), group.experts)
-        if context.logit_bias is not None:
-            logits = logits + context.logit_bias[list(group.experts)]
-        return logits
+        self, features: torch.Tensor, counts: torch.Tensor, groups: Groups, context: RoutingContext
+    ) -> list[torch.Tensor]:
+        """Return the logits ``(tokens, n)`` of each group: its rows, scored for its own experts only."""
+        if len(groups) == 1:
+            parts = [(features, counts)]
+        else:
+            ordered = features.index_select(0, groups.rows), counts.index_select(0, groups.rows)
+            parts = list(zip(*(values.split(groups.sizes) for values in ordered), strict=True))
+        scores = []
+        for group, (x, n) in zip(groups, parts, strict=True):
+            logits = self.scorer(x.flatten(0, 1), n.flatten(), group.experts)
+            if context.logit_bias is not None:
+                logits = logits + context.logit_bias[list(group.experts)]
+            scores.append(logits)
+        return scores
 
-    def _select(
-        self, groups: Sequence[AllowedGroup], scores: Sequence[torch.Tensor]
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return ids ``(tokens, k)`` and weights ``(tokens, k)`` of each group."""
+    def _select_together(
+        self, groups: Groups, scores: Sequence[torch.Tensor], length: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ids and weights ``(tokens, k)`` of groups that have the same number of experts."""
         if len(groups) == 1:
             positions, weights = self.selector(scores[0])
-            return [(self._ids(groups[0], positions), weights)]
-        if len({logits.shape[1] for logits in scores}) == 1:  # alike in width: one call for all of them
-            sizes = [logits.shape[0] for logits in scores]
-            positions, weights = self.selector(torch.cat(list(scores)))
-            chosen = list(zip(positions.split(sizes), weights.split(sizes), strict=True))
-        else:
-            chosen = [self.selector(logits) for logits in scores]
-        return [(self._ids(group, at), weights) for group, (at, weights) in zip(groups, chosen, strict=True)]
+            return self._ids(groups[0], positions), weights
+        logits = torch.cat(list(scores)).unflatten(0, (-1, length)).index_select(0, groups.places)
+        positions, weights = self.selector(logits.flatten(0, 1))
+        ids = groups.table.unsqueeze(1).expand_as(logits).gather(2, positions.unflatten(0, (-1, length)))
+        return ids.flatten(0, 1), weights
+
+    def _select_apart(
+        self, groups: Groups, scores: Sequence[torch.Tensor], length: int
+    ) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        """Return ids and weights ``(tokens, k)`` of groups of any size, and whether any slot is empty."""
+        parts = []
+        for group, logits in zip(groups, scores, strict=True):
+            positions, weights = self.selector(logits)
+            parts.append((self._ids(group, positions), weights))
+        k = max(ids.shape[1] for ids, _ in parts)
+        padded = [(_widen(ids, k, UNUSED), _widen(weights, k, 0)) for ids, weights in parts]
+        columns = (torch.cat(column).unflatten(0, (-1, length)) for column in zip(*padded, strict=True))
+        indices, weights = (column.index_select(0, groups.places).flatten(0, 1) for column in columns)
+        return indices, weights, any(ids.shape[1] < k for ids, _ in parts)
 
     def _ids(self, group: AllowedGroup, positions: torch.Tensor) -> torch.Tensor:
         """Turn positions among a group's experts into ids."""
         if len(group.experts) == self.num_experts + 1:  # positions are ids
             return positions
-        key = (group.experts, positions.device)
-        if key not in self._id_tables:
-            with torch.inference_mode(False):  # kept for calls that train
-                self._id_tables[key] = torch.tensor(group.experts, device=positions.device)
-        return self._id_tables[key][positions]
-
-    @staticmethod
-    def _in_batch_order(
-        context: RoutingContext,
-        groups: Sequence[AllowedGroup],
-        parts: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    ) -> tuple[torch.Tensor, torch.Tensor, bool]:
-        """Put the groups' decisions back in the order of the batch's rows; say whether any slot is empty."""
-        batch, length = context.hidden_states.shape[:2]
-        k = max(ids.shape[1] for ids, _ in parts)
-        has_unused = any(ids.shape[1] < k for ids, _ in parts)
-        if has_unused:
-            parts = [(_widen(ids, k, UNUSED), _widen(weights, k, 0)) for ids, weights in parts]
-        rows = torch.cat([group.rows for group in groups if group.rows is not None])
-        ordered = []
-        for column in zip(*parts, strict=True):
-            together = torch.cat(column).view(batch, length, k)
-            ordered.append(torch.empty_like(together).index_copy_(0, rows, together).view(-1, k))
-        return ordered[0], ordered[1], has_unused
+        return torch.tensor(group.experts, device=positions.device)[positions]
 
     def _spread(
         self, context: RoutingContext, groups: Sequence[AllowedGroup], scores: Sequence[torch.Tensor]

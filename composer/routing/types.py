@@ -7,8 +7,9 @@ order, which is by name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,7 @@ import torch
 if TYPE_CHECKING:
     from composer.routing.state import RouterState
 
-__all__ = ["ANCHOR", "UNUSED", "AllowedGroup", "RoutingContext", "RoutingDecision", "group_rows"]
+__all__ = ["ANCHOR", "UNUSED", "AllowedGroup", "Groups", "RoutingContext", "RoutingDecision", "group_rows"]
 
 ANCHOR = 0
 """Id of the anchor, which nobody owns and no opt-out removes."""
@@ -36,6 +37,64 @@ class AllowedGroup:
 
     experts: tuple[int, ...]
     rows: torch.Tensor | None = None
+
+
+class Groups(tuple[AllowedGroup, ...]):
+    """The groups of one batch, with what all layers need to know of them and none needs to compute again.
+
+    Lives for one forward pass.
+    """
+
+    @classmethod
+    def of(cls, groups: Iterable[AllowedGroup]) -> Groups:
+        """Return the groups themselves if they are ``Groups`` already."""
+        return groups if isinstance(groups, Groups) else cls(groups)
+
+    @cached_property
+    def width(self) -> int | None:
+        """How many experts every group may use, or None if they differ."""
+        widths = {len(group.experts) for group in self}
+        return widths.pop() if len(widths) == 1 else None
+
+    @cached_property
+    def anchor_only(self) -> bool:
+        """Whether nobody may use any expert."""
+        return all(group.experts == (ANCHOR,) for group in self)
+
+    @cached_property
+    def rows(self) -> torch.Tensor:
+        """The batch's rows, group after group, int64 ``(batch,)``; there are several groups."""
+        return torch.cat([group.rows for group in self if group.rows is not None])
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Number of rows of each group; there are several groups."""
+        return [len(group.rows) for group in self if group.rows is not None]
+
+    @cached_property
+    def places(self) -> torch.Tensor:
+        """Where each row of the batch stands in `rows`, int64 ``(batch,)``."""
+        return torch.argsort(self.rows)
+
+    @cached_property
+    def table(self) -> torch.Tensor:
+        """Ids that each row may use, int64 ``(batch, width)``; there are several groups of one width."""
+        ids = torch.tensor([group.experts for group in self], device=self.rows.device)
+        sizes = torch.tensor(self.sizes, device=self.rows.device)
+        return ids.repeat_interleave(sizes, dim=0)[self.places]
+
+    @cached_property
+    def _within(self) -> dict[frozenset[int], Groups]:
+        return {}
+
+    def within(self, present: frozenset[int]) -> Groups:
+        """Leave out the experts that are not present at a layer."""
+        if present not in self._within:
+            self._within[present] = Groups(
+                AllowedGroup(experts=tuple(e for e in group.experts if e in present), rows=group.rows)
+                for group in self
+            )
+        return self._within[present]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,11 +137,12 @@ class RoutingDecision:
     anchor_only: bool = False
 
 
-def group_rows(allowed: torch.Tensor) -> tuple[AllowedGroup, ...]:
+def group_rows(allowed: torch.Tensor, *, device: torch.device | None = None) -> Groups:
     """Partition a batch by its rows' sets of allowed experts.
 
     Args:
         allowed: bool ``(batch, num_experts + 1)``; the anchor's column is taken as True.
+        device: Where the model is; None: where ``allowed`` is.
 
     Returns:
         One group per distinct set, in order of first appearance. A single group has ``rows=None``.
@@ -92,8 +152,9 @@ def group_rows(allowed: torch.Tensor) -> tuple[AllowedGroup, ...]:
         experts = (ANCHOR, *(i for i, flag in enumerate(flags) if flag and i != ANCHOR))
         rows_of.setdefault(experts, []).append(row)
     if len(rows_of) == 1:
-        return (AllowedGroup(experts=next(iter(rows_of))),)
-    return tuple(
-        AllowedGroup(experts=experts, rows=torch.tensor(rows, device=allowed.device))
+        return Groups((AllowedGroup(experts=next(iter(rows_of))),))
+    device = allowed.device if device is None else device
+    return Groups(
+        AllowedGroup(experts=experts, rows=torch.tensor(rows, device=device))
         for experts, rows in rows_of.items()
     )

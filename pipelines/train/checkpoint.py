@@ -30,10 +30,12 @@ class TrainingState:
     Attributes:
         step: Steps done.
         seconds: Training time so far, over all runs of the job.
+        losses: Loss of the latest steps, over all runs of the job, the last one at the end.
     """
 
     step: int
     seconds: float
+    losses: tuple[float, ...] = ()
 
 
 def save_checkpoint(
@@ -59,7 +61,8 @@ def load_checkpoint(
     if not path.exists():
         return None
     with safe_open(path, framework="pt") as file:
-        state = TrainingState(**json.loads(file.metadata()["state"]))
+        stored = json.loads(file.metadata()["state"])
+        state = TrainingState(**stored | {"losses": tuple(stored.get("losses", ()))})
         with torch.no_grad():
             for number, parameter in enumerate(parameters):
                 parameter.copy_(file.get_tensor(f"parameter.{number}"))

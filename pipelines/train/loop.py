@@ -37,7 +37,7 @@ class LoopSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopResult:
-    """How it went: the mean loss of the last quarter of the steps run here, and where the job resumed."""
+    """How it went: the mean loss of the job's last quarter of steps, and where this run resumed."""
 
     loss: float
     seconds: float
@@ -111,7 +111,8 @@ def train(
     state = load_checkpoint(checkpoint, parameters=everything, optimizer=optimizer) or TrainingState(
         step=0, seconds=0.0
     )
-    resumed, begin, losses = state.step, time.perf_counter() - state.seconds, []
+    resumed, begin = state.step, time.perf_counter() - state.seconds
+    quarter = max(1, settings.steps // 4)
     whole = True  # False while parameters stand between two steps
 
     def store() -> None:
@@ -121,22 +122,26 @@ def train(
         for step in range(state.step, settings.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, settings)
-            losses.append(_gradients(loss_of, plan[step], everything, step=step, settings=settings))
+            loss = _gradients(loss_of, plan[step], everything, step=step, settings=settings)
             whole = False
             optimizer.step()
-            state = replace(state, step=step + 1, seconds=time.perf_counter() - begin)
+            state = replace(
+                state,
+                step=step + 1,
+                seconds=time.perf_counter() - begin,
+                losses=(*state.losses, loss)[-quarter:],
+            )
             whole = True
             optimizer.zero_grad(set_to_none=True)
             if state.step % settings.checkpoint_every == 0 and state.step < settings.steps:
                 store()
-            on_step(state.step, losses[-1], state.seconds)
+            on_step(state.step, loss, state.seconds)
     except KeyboardInterrupt:
         if whole and state.step > resumed:
             store()
         raise
-    tail = losses[-max(1, settings.steps // 4) :]
     return LoopResult(
-        loss=float(np.mean(tail)) if tail else math.nan,
+        loss=float(np.mean(state.losses)),
         seconds=state.seconds,
         resumed_from=resumed,
         state=state,

@@ -75,13 +75,14 @@ def test_the_learning_rate():
     assert learning_rate_at(9, constant) == 0.1
 
 
-def test_an_interrupted_run_ends_with_the_same_bits(tmp_path):
+@pytest.mark.parametrize("at", [1, 5, 9, 10])
+def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, at):
     whole = _problem()
     (tmp_path / "whole").mkdir()
-    _run(tmp_path / "whole", whole)
+    uninterrupted = _run(tmp_path / "whole", whole)
 
     def interrupt(step, loss, seconds):
-        if step == 5:
+        if step == at:
             raise KeyboardInterrupt
 
     cut = _problem()
@@ -90,10 +91,11 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path):
     steps = []
     again = _problem()
     result = _run(tmp_path, again, on_step=lambda step, loss, seconds: steps.append(step))
-    assert result.resumed_from == 5
-    assert steps == [6, 7, 8, 9, 10]
+    assert result.resumed_from == at
+    assert steps == list(range(at + 1, 11))
     assert torch.equal(again[0], whole[0])
     assert torch.equal(again[1], whole[1])
+    assert result.loss == uninterrupted.loss
 
 
 def test_an_interrupt_inside_the_optimizers_step_falls_back_to_the_last_whole_one(tmp_path, monkeypatch):

@@ -102,11 +102,9 @@ class LearnedScorer(Scorer):
             kept = self._kept(tuple(experts))
             rows = rows.index_select(0, kept)
             bias = None if bias is None else bias.index_select(0, kept)
-        logits = F.linear(features.to(rows.dtype), rows)
-        if bias is None:
-            return logits
         # the anchor has no bias: it is the reference that an owner's row has to beat
-        return logits + F.pad(bias[1:].clamp(max=0.0), (1, 0))
+        negative = None if bias is None else F.pad(bias[1:].clamp(max=0.0), (1, 0))
+        return F.linear(features.to(rows.dtype), rows, negative)
 
     def _kept(self, experts: tuple[int, ...]) -> torch.Tensor:
         """Return the rows of a set of experts; tensors of indices are made once per set."""
