@@ -12,12 +12,14 @@ arithmetic of the experts.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from _common import Aim, Report, Sample, arguments, measure, ratio, times, working_folder
+from _common import Aim, Report, Sample, arguments, ratio, times, working_folder
 
 AIMS = (
     Aim(figure="prefill_vs_stock", bound=0.98, at_least=True),
@@ -38,13 +40,15 @@ class Load:
     Attributes:
         batch: Rows.
         prompt: Positions of a prefill.
-        steps: Tokens decoded one by one.
+        prefills: Prefills in a round.
+        steps: Tokens decoded one by one in a round.
         context: Positions before the first of them.
     """
 
     batch: int = 4
     prompt: int = 128
-    steps: int = 32
+    prefills: int = 8
+    steps: int = 48
     context: int = 16
 
 
@@ -57,7 +61,8 @@ def prepare(work: Path, *, tiny: bool) -> None:
     from composer.planning import plan
     from registry import Registry
 
-    real = Shape(hidden=512, layers=8, intermediate=1024, vocabulary=4096, heads=8)
+    # layers of SmolLM2-135M's size, the anchor of the demo
+    real = Shape(hidden=576, layers=8, intermediate=1536, vocabulary=4096, heads=9)
     shape = Shape(hidden=32, layers=2, intermediate=48, vocabulary=64, heads=2) if tiny else real
     (checkpoint,) = make_checkpoints(work / "checkpoints", shape, count=1)
     registry = Registry(work / "registry")
@@ -111,51 +116,62 @@ class Bench:
     Args:
         report: Where every run is recorded.
         load: What is run.
-        rounds: Number of turns.
         vocabulary: Number of token ids.
         clock: What the figures are made of, ``wall`` or ``cpu``.
     """
 
-    def __init__(self, report: Report, load: Load, *, rounds: int, vocabulary: int, clock: str) -> None:
+    def __init__(self, report: Report, load: Load, *, vocabulary: int, clock: str) -> None:
         import torch
 
         self.report = report
         self.load = load
-        self.rounds = rounds
         self.clock = clock
         generator = torch.Generator().manual_seed(0)
         length = load.prompt + load.context
         ids = torch.randint(vocabulary, (load.batch, length), generator=generator)
         self.prompt, self.context = ids[:, : load.prompt], ids[:, load.prompt :]
 
-    def prefill(self, model: Any, **options: Any) -> Sample:
+    def prefill(self, model: Any, **options: Any) -> Iterator[Sample]:
         """Run the prompt without a cache."""
-        return measure(lambda: _discard(model(self.prompt, use_cache=False, **options)))
+        for _ in range(self.load.prefills):
+            yield _timed(lambda: model(self.prompt, use_cache=False, **options))[1]
 
-    def decode(self, model: Any, **options: Any) -> Sample:
-        """Take greedy steps after a context that is not measured."""
+    def decode(self, model: Any, **options: Any) -> Iterator[Sample]:
+        """Take greedy steps, one sample each, after a context that is not measured."""
         output = model(self.context, use_cache=True, **options)
-
-        def steps() -> None:
-            nonlocal output
-            for _ in range(self.load.steps):
-                ids = output.logits[:, -1:].argmax(-1)
-                output = model(ids, past_key_values=output.past_key_values, use_cache=True, **options)
-
-        return measure(steps)
+        for _ in range(self.load.steps):
+            ids = output.logits[:, -1:].argmax(-1)
+            step = partial(model, ids, past_key_values=output.past_key_values, use_cache=True, **options)
+            output, sample = _timed(step)
+            yield sample
 
     def compare(
-        self, work: Callable[..., Sample], arms: dict[str, tuple[Any, dict[str, Any]]], *, rounds: int
+        self,
+        work: Callable[..., Iterator[Sample]],
+        arms: dict[str, tuple[Any, dict[str, Any]]],
+        *,
+        rounds: int,
     ) -> dict[str, list[float]]:
-        """Let arms take turns after a warm-up; return their times."""
-        samples: dict[str, list[Sample]] = {arm: [] for arm in arms}
+        """Let arms take turns after a warm-up; return their times.
+
+        They alternate step by step: a shared machine is as fast for one as for the other only over so short a time.
+        """
+        seconds: dict[str, list[float]] = {arm: [] for arm in arms}
         for turn in range(rounds + 1):
-            for arm in list(arms) if turn % 2 == 0 else reversed(arms):
-                model, options = arms[arm]
-                sample = work(model, **options)
-                if turn:
-                    samples[arm].append(self.report.run(arm, sample))
-        return {arm: times(mine, self.clock) for arm, mine in samples.items()}
+            running = {arm: work(model, **options) for arm, (model, options) in arms.items()}
+            samples: dict[str, list[Sample]] = {arm: [] for arm in arms}
+            names = list(arms)
+            while True:
+                names.reverse()
+                step = {arm: sample for arm in names if (sample := next(running[arm], None)) is not None}
+                if not step:
+                    break
+                for arm, sample in step.items():
+                    samples[arm].append(sample)
+            for arm, mine in samples.items() if turn else ():
+                seconds[arm] += times(mine, self.clock)
+                self.report.run(arm, _total(mine))
+        return seconds
 
     def against_stock(self, composed: Any, stock: Any, kernel: str, *, rounds: int) -> tuple[float, float]:
         """Return the composed model's speeds of prefill and decode, stock = 1."""
@@ -168,7 +184,7 @@ class Bench:
             speeds.append(ratio(seconds[theirs], seconds[ours]))
         return speeds[0], speeds[1]
 
-    def opt_out(self, crowd: Any) -> tuple[float, float]:
+    def opt_out(self, crowd: Any, *, rounds: int) -> tuple[float, float]:
         """Return what a per-row opt-out adds to prefill and decode, as a part of the time without."""
         half = self.load.batch // 2
         rows = [{BYSTANDERS[0]}] * half + [{BYSTANDERS[1]}] * (self.load.batch - half)
@@ -177,13 +193,26 @@ class Bench:
         for name, work in (("prefill", self.prefill), ("decode", self.decode)):
             plain, masked = f"{name}-everybody", f"{name}-opt-out"
             arms = {plain: (crowd, {}), masked: (crowd, {"opt_out": rows})}
-            seconds = self.compare(work, arms, rounds=self.rounds)
+            seconds = self.compare(work, arms, rounds=rounds)
             added.append(ratio(seconds[masked], seconds[plain]) - 1.0)
         return added[0], added[1]
 
 
-def _discard(_: object) -> None:
-    """Drop an output, which does not travel as JSON."""
+def _timed(job: Callable[[], Any]) -> tuple[Any, Sample]:
+    cpu, wall = time.process_time(), time.perf_counter()
+    result = job()
+    seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
+    return result, Sample(seconds=seconds, cpu_seconds=cpu_seconds, growth_mb=0.0, peak_mb=0.0)
+
+
+def _total(samples: Sequence[Sample]) -> Sample:
+    """Add up what one round took."""
+    return Sample(
+        seconds=sum(sample.seconds for sample in samples),
+        cpu_seconds=sum(sample.cpu_seconds for sample in samples),
+        growth_mb=0.0,
+        peak_mb=0.0,
+    )
 
 
 def check_equal(ours: Any, theirs: Any, ids: Any, a: dict[str, Any], b: dict[str, Any]) -> None:
@@ -199,7 +228,7 @@ def check_equal(ours: Any, theirs: Any, ids: Any, a: dict[str, Any], b: dict[str
 
 def main() -> None:
     """Run the benchmark."""
-    options = arguments(__doc__, rounds=9).parse_args()
+    options = arguments(__doc__, rounds=8).parse_args()
     import torch
 
     from composer.loading import load
@@ -208,15 +237,15 @@ def main() -> None:
     with working_folder(options.work) as work, torch.inference_mode():
         prepare(work, tiny=options.tiny)
         vocabulary = 64 if options.tiny else 4096
-        amount = Load(batch=4, prompt=8, steps=2, context=4) if options.tiny else Load()
-        bench = Bench(report, amount, rounds=options.rounds, vocabulary=vocabulary, clock=options.clock)
+        amount = Load(batch=4, prompt=8, prefills=2, steps=2, context=4) if options.tiny else Load()
+        bench = Bench(report, amount, vocabulary=vocabulary, clock=options.clock)
         composed = load(work / "members", dtype="float32")
         stock = stock_twin(composed)
         defaults = (composed.config._experts_implementation, stock.config._experts_implementation)
         report.machine["default_kernels"] = {"composed": defaults[0], "stock": defaults[1]}
         for kernel in KERNELS:
             default = kernel == defaults[1]
-            rounds = bench.rounds if default else max(1, bench.rounds // 3)
+            rounds = options.rounds if default else max(1, options.rounds // 4)
             prefill, decode = bench.against_stock(composed, stock, kernel, rounds=rounds)
             suffix = "" if default else f"_{kernel}"
             report.figure(f"prefill_vs_stock{suffix}", prefill)
@@ -224,7 +253,7 @@ def main() -> None:
         del composed, stock
         gc.collect()
         crowd = load(work / "crowd", dtype="float32")
-        prefill, decode = bench.opt_out(crowd)
+        prefill, decode = bench.opt_out(crowd, rounds=options.rounds)
         report.figure("optout_overhead", max(prefill, decode))
         report.figure("optout_overhead_prefill", prefill)
         report.figure("optout_overhead_decode", decode)

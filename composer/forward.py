@@ -7,8 +7,7 @@ one request into another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
@@ -84,11 +83,17 @@ def current_forward() -> ForwardPass:
     return forward
 
 
-@contextmanager
-def forward_pass(forward: ForwardPass) -> Iterator[ForwardPass]:
+class forward_pass:  # noqa: N801 - a context manager; a generator would cost more than it holds
     """Make ``forward`` current for the enclosed code."""
-    token = _CURRENT.set(forward)
-    try:
-        yield forward
-    finally:
-        _CURRENT.reset(token)
+
+    __slots__ = ("_forward", "_token")
+
+    def __init__(self, forward: ForwardPass) -> None:
+        self._forward = forward
+
+    def __enter__(self) -> ForwardPass:
+        self._token = _CURRENT.set(self._forward)
+        return self._forward
+
+    def __exit__(self, *_: object) -> None:
+        _CURRENT.reset(self._token)

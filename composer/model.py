@@ -22,9 +22,10 @@ from composer.configuration import ComposedConfig
 from composer.forward import ForwardPass, current_forward, forward_pass
 from composer.layers.moe import MoELayer
 from composer.optout import OptOut, allowed_experts
+from composer.routing.recent import Recent
 from composer.routing.router import Router
 from composer.routing.state import RouterState, RouterStateLayer
-from composer.routing.types import group_rows
+from composer.routing.types import Groups, group_rows
 from experts.errors import OptOutError
 
 __all__ = ["ComposedForCausalLM", "Gate", "Membership"]
@@ -84,6 +85,7 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         self.base = base if base is not None else AutoModelForCausalLM.from_config(config.base_config)
         self.membership = membership or Membership()
         self.gate: Router | None = None
+        self._requests: Recent[tuple[torch.Tensor, Groups]] = Recent()
         self.post_init()
 
     @classmethod
@@ -198,10 +200,10 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         """
         tokens = input_ids if input_ids is not None else inputs_embeds
         assert tokens is not None, "forward needs input_ids or inputs_embeds"
-        mask = self._allowed(opt_out, allowed, batch=tokens.shape[0])
+        mask, groups = self._request(opt_out, allowed, tokens)
         state = self._state(past_key_values, mask)
         routing = ForwardPass(
-            groups=group_rows(mask, device=self.device),
+            groups=groups,
             token_mask=_token_mask(attention_mask, token_mask, length=tokens.shape[1]),
             state=state,
         )
@@ -262,12 +264,8 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         if opt_out is not None and allowed is not None:
             raise OptOutError("Give either opt_out or allowed, not both.")
         if allowed is None:
-            return allowed_experts(
-                () if opt_out is None else opt_out,
-                batch=batch,
-                owners=members.owners,
-                known=members.known_owners,
-            )
+            sets = () if opt_out is None else opt_out
+            return allowed_experts(sets, batch=batch, owners=members.owners, known=members.known_owners)
         if allowed.shape != (batch, len(members.experts) + 1):
             raise OptOutError(
                 f"allowed has shape {tuple(allowed.shape)}; it must be (batch, experts + 1) = "
@@ -275,18 +273,31 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             )
         return allowed.to("cpu", torch.bool)
 
+    def _request(
+        self, opt_out: OptOut | None, allowed: torch.Tensor | None, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, Groups]:
+        """Return who is allowed and the rows by allowed set; a decoding loop asks for the same at every step."""
+        batch, device = tokens.shape[0], tokens.device
+
+        def make() -> tuple[torch.Tensor, Groups]:
+            mask = self._allowed(opt_out, allowed, batch=batch)
+            return mask, group_rows(mask, device=device)
+
+        if opt_out is None and allowed is None:
+            return self._requests.get((batch, device), make)
+        mask = self._allowed(opt_out, allowed, batch=batch)
+        return self._requests.get((batch, device, mask.numpy().tobytes()), make)
+
     def _state(self, cache: Cache | None, mask: torch.Tensor) -> RouterState:
         """Return the state to continue from, or a fresh one for an empty or absent cache."""
-        fresh = RouterState(composition=self.membership.digest, allowed=mask)
-        if cache is None:
-            return fresh
-        held = _held_state(cache)
-        if int(cache.get_seq_length()) == 0:
-            if held is not None:  # reset by its user: the layer stays, the set may change
-                held.composition, held.allowed = fresh.composition, fresh.allowed
-                held.clear()
-                return held
-            return fresh
+        held = None if cache is None else _held_state(cache)
+        if cache is None or int(cache.get_seq_length()) == 0:
+            if held is None:
+                return RouterState(composition=self.membership.digest, allowed=mask)
+            # reset by its user: the layer stays, the set may change
+            held.composition, held.allowed = self.membership.digest, mask
+            held.clear()
+            return held
         if held is None:
             raise OptOutError(
                 "This cache was not filled by a composed model, so nothing tells which experts wrote it. Start "

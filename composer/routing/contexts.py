@@ -18,16 +18,16 @@ ContextName = Literal["running_mean", "token"]
 CONTEXTS: tuple[ContextName, ...] = ("running_mean", "token")
 
 
-def token(features: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, torch.Tensor]:
+def token(features: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, None]:
     """Score every token by itself.
 
     Args:
         features: ``(batch, positions, d)``.
 
     Returns:
-        The features as they came and counts of 1, float32 ``(batch, positions)``.
+        The features as they came and None: each is of one position.
     """
-    return features, features.new_ones(features.shape[:2], dtype=torch.float32)
+    return features, None
 
 
 def running_mean(

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from composer.routing.contexts import ContextName, running_mean, token
+from composer.routing.recent import Recent
 from composer.routing.scorers.base import Scorer
 from composer.routing.selectors.base import Selector
 from composer.routing.types import ANCHOR, UNUSED, AllowedGroup, Groups, RoutingContext, RoutingDecision
@@ -48,6 +49,7 @@ class Router(nn.Module):
         self.selector = selector
         self.context = context
         self.num_experts = num_experts
+        self._id_tables: Recent[torch.Tensor] = Recent()
 
     def forward(self, context: RoutingContext, *, trace: bool = False) -> RoutingDecision:
         """Route every token of a batch.
@@ -63,16 +65,16 @@ class Router(nn.Module):
         features, counts = self._features(context)
         if groups.anchor_only:
             return self._anchor_only(context)
-        scores = self._score(features, counts, groups, context)
         if groups.width is None:
-            indices, weights, has_unused = self._select_apart(groups, scores, features.shape[1])
-        else:
-            (indices, weights), has_unused = self._select_together(groups, scores, features.shape[1]), False
+            return self._route_apart(features, counts, groups, context, trace=trace)
+        logits = self._score_together(features, counts, groups)
+        if context.logit_bias is not None:
+            logits = logits + self._bias(context.logit_bias, groups)
+        positions, weights = self.selector(logits.flatten(0, 1))
         return RoutingDecision(
-            indices=indices,
+            indices=self._ids(groups, positions, features.shape[1]),
             weights=weights,
-            logits=self._spread(context, groups, scores) if trace else None,
-            has_unused=has_unused,
+            logits=self._spread(groups, logits) if trace else None,
         )
 
     def _anchor_only(self, context: RoutingContext) -> RoutingDecision:
@@ -84,73 +86,96 @@ class Router(nn.Module):
             anchor_only=True,
         )
 
-    def _features(self, context: RoutingContext) -> tuple[torch.Tensor, torch.Tensor]:
+    def _features(self, context: RoutingContext) -> tuple[torch.Tensor, torch.Tensor | None]:
         features = self.scorer.features(context.hidden_states)
         if self.context == "token":
             return token(features)
         return running_mean(features, layer=context.layer, token_mask=context.token_mask, state=context.state)
 
-    def _score(
-        self, features: torch.Tensor, counts: torch.Tensor, groups: Groups, context: RoutingContext
-    ) -> list[torch.Tensor]:
-        """Return the logits ``(tokens, n)`` of each group: its rows, scored for its own experts only."""
-        if len(groups) == 1:
-            parts = [(features, counts)]
-        else:
-            ordered = features.index_select(0, groups.rows), counts.index_select(0, groups.rows)
-            parts = list(zip(*(values.split(groups.sizes) for values in ordered), strict=True))
-        scores = []
-        for group, (x, n) in zip(groups, parts, strict=True):
-            logits = self.scorer(x.flatten(0, 1), n.flatten(), group.experts)
-            if context.logit_bias is not None:
-                logits = logits + context.logit_bias[list(group.experts)]
-            scores.append(logits)
-        return scores
-
-    def _select_together(
-        self, groups: Groups, scores: Sequence[torch.Tensor], length: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return ids and weights ``(tokens, k)`` of groups that have the same number of experts."""
-        if len(groups) == 1:
-            positions, weights = self.selector(scores[0])
-            return self._ids(groups[0], positions), weights
-        logits = torch.cat(list(scores)).unflatten(0, (-1, length)).index_select(0, groups.places)
-        positions, weights = self.selector(logits.flatten(0, 1))
-        ids = groups.table.unsqueeze(1).expand_as(logits).gather(2, positions.unflatten(0, (-1, length)))
-        return ids.flatten(0, 1), weights
-
-    def _select_apart(
-        self, groups: Groups, scores: Sequence[torch.Tensor], length: int
-    ) -> tuple[torch.Tensor, torch.Tensor, bool]:
-        """Return ids and weights ``(tokens, k)`` of groups of any size, and whether any slot is empty."""
-        parts = []
-        for group, logits in zip(groups, scores, strict=True):
-            positions, weights = self.selector(logits)
-            parts.append((self._ids(group, positions), weights))
-        k = max(ids.shape[1] for ids, _ in parts)
-        padded = [(_widen(ids, k, UNUSED), _widen(weights, k, 0)) for ids, weights in parts]
-        columns = (torch.cat(column).unflatten(0, (-1, length)) for column in zip(*padded, strict=True))
-        indices, weights = (column.index_select(0, groups.places).flatten(0, 1) for column in columns)
-        return indices, weights, any(ids.shape[1] < k for ids, _ in parts)
-
-    def _ids(self, group: AllowedGroup, positions: torch.Tensor) -> torch.Tensor:
-        """Turn positions among a group's experts into ids."""
-        if len(group.experts) == self.num_experts + 1:  # positions are ids
-            return positions
-        return torch.tensor(group.experts, device=positions.device)[positions]
-
-    def _spread(
-        self, context: RoutingContext, groups: Sequence[AllowedGroup], scores: Sequence[torch.Tensor]
+    def _score_together(
+        self, features: torch.Tensor, counts: torch.Tensor | None, groups: Groups
     ) -> torch.Tensor:
-        """Give every expert a column, in the order of the batch's rows; those not allowed get ``-inf``."""
-        batch, length = context.hidden_states.shape[:2]
-        spread = scores[0].new_full((batch, length, self.num_experts + 1), float("-inf"), dtype=torch.float32)
-        for group, logits in zip(groups, scores, strict=True):
-            rows = slice(None) if group.rows is None else group.rows
-            wide = spread.new_full((logits.shape[0], spread.shape[2]), float("-inf"))
-            wide[:, list(group.experts)] = logits.float()
-            spread[rows] = wide.view(-1, length, spread.shape[2])
+        """Return the logits ``(batch, positions, n)`` of rows that may use equally many experts."""
+        if len(groups) == 1:
+            return self.scorer(features, counts, groups[0].experts)  # type: ignore[no-any-return]
+        logits = self.scorer.score_apart(features, counts, groups.table)
+        if logits is not None:
+            return logits
+        return torch.cat(self._score_groups(features, counts, groups)).index_select(0, groups.places)
+
+    def _score_groups(
+        self, features: torch.Tensor, counts: torch.Tensor | None, groups: Groups
+    ) -> list[torch.Tensor]:
+        """Return the logits ``(rows, positions, n)`` of each group, scored for its own experts only."""
+        parts = torch.split(features.index_select(0, groups.rows), groups.sizes)
+        numbers: Sequence[torch.Tensor | None] = [None] * len(groups)
+        if counts is not None:
+            numbers = torch.split(counts.index_select(0, groups.rows), groups.sizes)
+        return [self.scorer(x, n, group.experts) for group, x, n in zip(groups, parts, numbers, strict=True)]
+
+    def _bias(self, bias: torch.Tensor, groups: Groups) -> torch.Tensor:
+        if len(groups) == 1:
+            return bias[list(groups[0].experts)]
+        return bias[groups.table].unsqueeze(1)
+
+    def _ids(self, groups: Groups, positions: torch.Tensor, length: int) -> torch.Tensor:
+        """Turn positions among the allowed experts into ids, int64 ``(tokens, k)``."""
+        if groups.width == self.num_experts + 1:  # positions are ids
+            return positions
+        if len(groups) == 1:
+            return self._ids_of(groups[0], positions)
+        table = groups.table if length == 1 else groups.table.repeat_interleave(length, dim=0)
+        return table.gather(1, positions)
+
+    def _ids_of(self, group: AllowedGroup, positions: torch.Tensor) -> torch.Tensor:
+        key = (group.experts, positions.device)
+        ids = self._id_tables.get(key, lambda: torch.tensor(group.experts, device=positions.device))
+        return ids[positions]
+
+    def _spread(self, groups: Groups, logits: torch.Tensor) -> torch.Tensor:
+        """Give every expert a column, float32 ``(tokens, num_experts + 1)``; those not allowed get ``-inf``."""
+        shape = (*logits.shape[:2], self.num_experts + 1)
+        spread = logits.new_full(shape, float("-inf"), dtype=torch.float32)
+        if len(groups) == 1:
+            spread[..., list(groups[0].experts)] = logits.float()
+        else:
+            spread.scatter_(2, groups.table.unsqueeze(1).expand_as(logits), logits.float())
         return spread.flatten(0, 1)
+
+    def _route_apart(
+        self,
+        features: torch.Tensor,
+        counts: torch.Tensor | None,
+        groups: Groups,
+        context: RoutingContext,
+        *,
+        trace: bool,
+    ) -> RoutingDecision:
+        """Route rows that may use different numbers of experts: score and select set by set."""
+        parts, spread = [], []
+        for group, scored in zip(groups, self._score_groups(features, counts, groups), strict=True):
+            own = Groups((AllowedGroup(experts=group.experts),))
+            logits = scored if context.logit_bias is None else scored + self._bias(context.logit_bias, own)
+            positions, weights = self.selector(logits.flatten(0, 1))
+            parts.append((self._ids_of(group, positions), weights))
+            spread.append(self._spread(own, logits) if trace else logits.flatten(0, 1))
+        k = max(ids.shape[1] for ids, _ in parts)
+        wide = [(_widen(ids, k, UNUSED), _widen(weights, k, 0)) for ids, weights in parts]
+        indices, weights = (
+            _in_batch_order(column, groups, features.shape[1]) for column in zip(*wide, strict=True)
+        )
+        return RoutingDecision(
+            indices=indices,
+            weights=weights,
+            logits=_in_batch_order(spread, groups, features.shape[1]) if trace else None,
+            has_unused=any(ids.shape[1] < k for ids, _ in parts),
+        )
+
+
+def _in_batch_order(parts: Sequence[torch.Tensor], groups: Groups, length: int) -> torch.Tensor:
+    """Put ``(tokens, n)`` of each group where the batch has their rows."""
+    together = torch.cat(list(parts))
+    return together.view(-1, length, together.shape[1]).index_select(0, groups.places).flatten(0, 1)
 
 
 def _widen(values: torch.Tensor, width: int, fill: int) -> torch.Tensor:

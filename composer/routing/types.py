@@ -40,10 +40,7 @@ class AllowedGroup:
 
 
 class Groups(tuple[AllowedGroup, ...]):
-    """The groups of one batch, with what all layers need to know of them and none needs to compute again.
-
-    Lives for one forward pass.
-    """
+    """The groups of one batch, with what all layers need to know of them and none needs to compute again."""
 
     @classmethod
     def of(cls, groups: Iterable[AllowedGroup]) -> Groups:
@@ -64,7 +61,8 @@ class Groups(tuple[AllowedGroup, ...]):
     @cached_property
     def rows(self) -> torch.Tensor:
         """The batch's rows, group after group, int64 ``(batch,)``; there are several groups."""
-        return torch.cat([group.rows for group in self if group.rows is not None])
+        with torch.inference_mode(False):  # kept for calls that train
+            return torch.cat([group.rows for group in self if group.rows is not None])
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -74,14 +72,16 @@ class Groups(tuple[AllowedGroup, ...]):
     @cached_property
     def places(self) -> torch.Tensor:
         """Where each row of the batch stands in `rows`, int64 ``(batch,)``."""
-        return torch.argsort(self.rows)
+        with torch.inference_mode(False):
+            return torch.argsort(self.rows)
 
     @cached_property
     def table(self) -> torch.Tensor:
         """Ids that each row may use, int64 ``(batch, width)``; there are several groups of one width."""
-        ids = torch.tensor([group.experts for group in self], device=self.rows.device)
-        sizes = torch.tensor(self.sizes, device=self.rows.device)
-        return ids.repeat_interleave(sizes, dim=0)[self.places]
+        device = self.rows.device
+        with torch.inference_mode(False):
+            ids = torch.tensor([group.experts for group in self], device=device)
+            return ids.repeat_interleave(torch.tensor(self.sizes, device=device), dim=0)[self.places]
 
     @cached_property
     def _within(self) -> dict[frozenset[int], Groups]:
@@ -97,7 +97,7 @@ class Groups(tuple[AllowedGroup, ...]):
         return self._within[present]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class RoutingContext:
     """Everything a router may look at.
 
@@ -118,7 +118,7 @@ class RoutingContext:
     logit_bias: torch.Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class RoutingDecision:
     """Which experts every token uses and with which weights.
 
@@ -154,7 +154,8 @@ def group_rows(allowed: torch.Tensor, *, device: torch.device | None = None) -> 
     if len(rows_of) == 1:
         return Groups((AllowedGroup(experts=next(iter(rows_of))),))
     device = allowed.device if device is None else device
-    return Groups(
-        AllowedGroup(experts=experts, rows=torch.tensor(rows, device=device))
-        for experts, rows in rows_of.items()
-    )
+    with torch.inference_mode(False):  # groups are kept for other calls, which may train
+        return Groups(
+            AllowedGroup(experts=experts, rows=torch.tensor(rows, device=device))
+            for experts, rows in rows_of.items()
+        )

@@ -87,19 +87,19 @@ def test_lda_survives_a_large_common_mean() -> None:
 
 def test_lda_logits_grow_with_evidence_and_shrink_with_temperature() -> None:
     statistics = dict(enumerate(_statistics(_classes())))
-    features = torch.randn(6, D, generator=torch.Generator().manual_seed(0))
-    counts = torch.tensor([1.0, 2.0, 4.0, 9.0, 16.0, 100.0])
+    features = torch.randn(2, 3, D, generator=torch.Generator().manual_seed(0))
+    counts = torch.tensor([[1.0, 2.0, 4.0], [9.0, 16.0, 100.0]])
     plain = LDAScorer(statistics=statistics, evidence=0.0)(features, counts, [0, 2])
     for evidence in (0.5, 1.0):
         scaled = LDAScorer(statistics=statistics, evidence=evidence, temperature=2.0)(
             features, counts, [0, 2]
         )
-        torch.testing.assert_close(scaled, plain / 2.0 * counts.pow(evidence)[:, None])
+        torch.testing.assert_close(scaled, plain / 2.0 * counts.pow(evidence)[..., None])
 
 
 def test_lda_of_nobody_scores_the_anchor_alone() -> None:
     scorer = LDAScorer(statistics=dict(enumerate(_statistics(_classes()))))
-    assert torch.equal(scorer(torch.randn(3, D), torch.ones(3), [0]), torch.zeros(3, 1))
+    assert torch.equal(scorer(torch.randn(1, 3, D), None, [0]), torch.zeros(1, 3, 1))
 
 
 def test_lda_scales_states_as_the_statistics_were() -> None:
@@ -117,7 +117,7 @@ def test_learned_rows_are_dot_products_with_negative_biases() -> None:
     rows = torch.randn(3, D, generator=torch.Generator().manual_seed(0))
     scorer = LearnedScorer(ids=[0, 2, 5], rows=rows, bias=torch.tensor([-9.0, -0.5, 0.25]))
     x = torch.randn(4, D, generator=torch.Generator().manual_seed(1))
-    logits = scorer(x, torch.ones(4), [0, 2, 5])
+    logits = scorer(x.view(2, 2, D), None, [0, 2, 5]).flatten(0, 1)
     for t in range(4):
         assert logits[t, 0].item() == pytest.approx(float(rows[0] @ x[t]), abs=1e-5)
         assert logits[t, 1].item() == pytest.approx(float(rows[1] @ x[t]) - 0.5, abs=1e-5)
@@ -132,11 +132,40 @@ def test_learned_rows_are_sliced_before_the_product(dtype: torch.dtype) -> None:
     rows = torch.randn(6, D, generator=torch.Generator().manual_seed(0)).to(dtype)
     bias = -torch.rand(6, generator=torch.Generator().manual_seed(1)).to(dtype)
     whole = LearnedScorer(ids=range(6), rows=rows, bias=bias)
-    x = torch.randn(33, D, generator=torch.Generator().manual_seed(2)).to(dtype)
+    x = torch.randn(3, 11, D, generator=torch.Generator().manual_seed(2)).to(dtype)
     for kept in ([0, 1], [0, 2, 5], [0, 1, 2, 4, 5]):
         alone = LearnedScorer(ids=range(len(kept)), rows=rows[kept].clone(), bias=bias[kept].clone())
-        ones = torch.ones(33)
-        assert torch.equal(whole(x, ones, kept), alone(x, ones, range(len(kept))))
+        assert torch.equal(whole(x, None, kept), alone(x, None, range(len(kept))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 2, 11])
+def test_learned_rows_score_rows_that_differ_in_who_is_allowed_as_if_each_came_alone(
+    dtype: torch.dtype, length: int
+) -> None:
+    rows = torch.randn(4, D, generator=torch.Generator().manual_seed(0)).to(dtype)
+    bias = -torch.rand(4, generator=torch.Generator().manual_seed(1)).to(dtype)
+    ids = [0, 2, 3, 5]
+    x = torch.randn(3, length, D, generator=torch.Generator().manual_seed(2)).to(dtype)
+    table = torch.tensor([[0, 2, 5], [0, 3, 5], [0, 2, 3]])
+    for scorer in (LearnedScorer(ids=ids, rows=rows, bias=bias), LearnedScorer(ids=ids, rows=rows)):
+        scorer.requires_grad_(False)
+        together = scorer.score_apart(x, None, table)
+        for row, allowed in enumerate(table.tolist()):
+            assert torch.equal(together[row], scorer(x[row : row + 1], None, allowed)[0])
+
+
+def test_slices_follow_the_parameters() -> None:
+    """What is kept of a set of experts is dropped when a row changes, and made anew where gradients are wanted."""
+    scorer = LearnedScorer(ids=range(3), rows=torch.zeros(3, D), bias=torch.zeros(3))
+    x = torch.ones(1, 2, D)
+    with torch.no_grad():
+        assert torch.equal(scorer(x, None, [0, 2]), torch.zeros(1, 2, 2))
+        scorer.rows[2] += 1.0
+        assert torch.equal(scorer(x, None, [0, 2])[..., 1], torch.full((1, 2), float(D)))
+    scorer(x, None, [0, 2]).sum().backward()
+    assert scorer.rows.grad is not None
+    assert torch.equal(scorer.rows.grad.sum(1), torch.tensor([2.0 * D, 0.0, 2.0 * D]))
 
 
 def test_learned_rows_without_biases(pico: Any) -> None:

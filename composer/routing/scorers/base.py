@@ -95,14 +95,34 @@ class Scorer(nn.Module):
         return hidden_states
 
     @abstractmethod
-    def forward(self, features: torch.Tensor, counts: torch.Tensor, experts: Sequence[int]) -> torch.Tensor:
+    def forward(
+        self, features: torch.Tensor, counts: torch.Tensor | None, experts: Sequence[int]
+    ) -> torch.Tensor:
         """Score the allowed experts.
 
         Args:
-            features: ``(tokens, d)``, as the context returned them.
-            counts: float32 ``(tokens,)``, how many positions each feature is the mean of.
+            features: ``(batch, positions, d)``, as the context returned them.
+            counts: float32 ``(batch, positions)``, how many positions each feature is the mean of; None: of one.
             experts: Sorted ids of the allowed experts, the anchor (0) first.
 
         Returns:
-            float32 or model dtype ``(tokens, len(experts))``.
+            float32 or model dtype ``(batch, positions, len(experts))``.
         """
+
+    def score_apart(
+        self, features: torch.Tensor, counts: torch.Tensor | None, table: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Score rows that differ in who is allowed, in one go.
+
+        Only worth overriding where it is one product instead of one for each set; the logits must be those of
+        `forward`, row by row.
+
+        Args:
+            features: ``(batch, positions, d)``.
+            counts: As for `forward`.
+            table: int64 ``(batch, n)``, each row's allowed experts, sorted; all rows allow equally many.
+
+        Returns:
+            ``(batch, positions, n)``, or None: `forward` is called for each set.
+        """
+        return None

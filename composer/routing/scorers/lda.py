@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
+from composer.routing.recent import Recent
 from composer.routing.scorers.base import Scorer, ScorerInputs, ScorerOptions
 from composer.routing.types import ANCHOR
 from experts.routing_artifacts import RoutingInfo, Statistics
@@ -102,7 +103,7 @@ class LDAScorer(Scorer):
         self.anchor_prior = anchor_prior
         self.temperature = temperature
         self.evidence = evidence
-        self._solved: dict[tuple[tuple[int, ...], str], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._solved: Recent[tuple[torch.Tensor, torch.Tensor]] = Recent()
 
     @classmethod
     def problems(
@@ -167,26 +168,26 @@ class LDAScorer(Scorer):
         self, experts: Sequence[int], device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the gate of a set of experts, float64 ``(n, d)`` and ``(n,)``, solved on first use."""
-        key = (tuple(experts), str(device))
-        if key not in self._solved:
+
+        def solve() -> tuple[torch.Tensor, torch.Tensor]:
             weights, biases = solve_lda(
                 [self.statistics[e] for e in experts],
                 shrinkage=self.shrinkage,
                 anchor_prior=self.anchor_prior,
             )
-            self._solved[key] = (
-                torch.from_numpy(weights).to(device),
-                torch.from_numpy(biases).to(device),
-            )
-        return self._solved[key]
+            return torch.from_numpy(weights).to(device), torch.from_numpy(biases).to(device)
 
-    def forward(self, features: torch.Tensor, counts: torch.Tensor, experts: Sequence[int]) -> torch.Tensor:
+        return self._solved.get((tuple(experts), device), solve)
+
+    def forward(
+        self, features: torch.Tensor, counts: torch.Tensor | None, experts: Sequence[int]
+    ) -> torch.Tensor:
         """Score by the discriminants of exactly these experts; see `Scorer.forward`."""
         if list(experts) == [ANCHOR]:
-            return features.new_zeros(features.shape[0], 1)
+            return features.new_zeros(*features.shape[:-1], 1)
         weights, biases = self.discriminants(experts, features.device)
         # float64: a row's logits must not depend on how many rows of its group are scored beside it
-        logits = torch.addmm(biases, features.double(), weights.T).float() / self.temperature
-        if self.evidence:
+        logits = (features.double() @ weights.T + biases).float() / self.temperature
+        if self.evidence and counts is not None:
             logits = logits * counts.pow(self.evidence).unsqueeze(-1)
         return logits

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from composer.routing.recent import Recent
 from composer.routing.scorers.base import Scorer, ScorerInputs, ScorerOptions
 from composer.routing.types import ANCHOR
 from experts.routing_artifacts import RoutingInfo
@@ -46,7 +47,12 @@ class LearnedScorer(Scorer):
         self.position = {expert: row for row, expert in enumerate(ids)}
         self.rows = nn.Parameter(rows)
         self.bias = None if bias is None else nn.Parameter(bias)
-        self._positions: dict[tuple[tuple[int, ...], torch.device], torch.Tensor] = {}
+        self.is_whole = list(ids) == list(range(len(ids)))
+        positions = torch.zeros(max(ids) + 1, dtype=torch.int64)  # id -> position in rows
+        positions[list(ids)] = torch.arange(len(ids))
+        self.register_buffer("positions", positions.to(rows.device), persistent=False)
+        self.positions: torch.Tensor
+        self._slices: Recent[tuple[torch.Tensor, torch.Tensor | None]] = Recent(16)
 
     @classmethod
     def problems(
@@ -94,23 +100,45 @@ class LearnedScorer(Scorer):
             bias = bias.to(inputs.device, inputs.dtype)
         return cls(ids=tuple(sources), rows=rows.to(inputs.device, inputs.dtype), bias=bias)
 
-    def forward(self, features: torch.Tensor, counts: torch.Tensor, experts: Sequence[int]) -> torch.Tensor:
+    def forward(
+        self, features: torch.Tensor, counts: torch.Tensor | None, experts: Sequence[int]
+    ) -> torch.Tensor:
         """Score by dot product; see `Scorer.forward`. Rows are sliced before the product."""
+        rows, bias = self._of(tuple(experts))
+        return self._product(features, rows.t().expand(features.shape[0], -1, -1), bias)
+
+    def score_apart(
+        self, features: torch.Tensor, counts: torch.Tensor | None, table: torch.Tensor
+    ) -> torch.Tensor:
+        """Score every batch row with a copy of its own rows; see `Scorer.score_apart`."""
+        rows, bias = self._of(tuple(self.position))
+        at = table if self.is_whole else self.positions[table]
+        return self._product(
+            features, rows[at].transpose(1, 2), None if bias is None else bias[at].unsqueeze(1)
+        )
+
+    @staticmethod
+    def _product(features: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Multiply batch row by batch row, so that the last bits of one do not depend on how many stand beside it."""
+        features = features.to(rows.dtype)
+        return torch.bmm(features, rows) if bias is None else torch.baddbmm(bias, features, rows)
+
+    def _of(self, experts: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the rows and negative biases of a set of experts, kept while no parameter changes."""
         rows: torch.Tensor = self.rows
         bias: torch.Tensor | None = self.bias
-        if len(experts) != rows.shape[0]:
-            kept = self._kept(tuple(experts))
-            rows = rows.index_select(0, kept)
-            bias = None if bias is None else bias.index_select(0, kept)
-        # the anchor has no bias: it is the reference that an owner's row has to beat
-        negative = None if bias is None else F.pad(bias[1:].clamp(max=0.0), (1, 0))
-        return F.linear(features.to(rows.dtype), rows, negative)
+        if bias is None and len(experts) == len(self.position):
+            return rows, None
+        if rows.is_inference() or (rows.requires_grad and torch.is_grad_enabled()):
+            return self._slice(experts)
+        version = (rows.data_ptr(), rows._version, None if bias is None else (bias.data_ptr(), bias._version))
+        return self._slices.get((experts, version), lambda: self._slice(experts))
 
-    def _kept(self, experts: tuple[int, ...]) -> torch.Tensor:
-        """Return the rows of a set of experts; tensors of indices are made once per set."""
-        key = (experts, self.rows.device)
-        if key not in self._positions:
-            kept = [self.position[expert] for expert in experts]
-            with torch.inference_mode(False):  # kept for calls that train
-                self._positions[key] = torch.tensor(kept, device=self.rows.device)
-        return self._positions[key]
+    def _slice(self, experts: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        rows: torch.Tensor = self.rows
+        # the anchor has no bias: it is the reference that an owner's row has to beat
+        bias = None if self.bias is None else F.pad(self.bias[1:].clamp(max=0.0), (1, 0))
+        if len(experts) == len(self.position):
+            return rows, bias
+        kept = torch.tensor([self.position[expert] for expert in experts], device=rows.device)
+        return rows.index_select(0, kept), None if bias is None else bias.index_select(0, kept)

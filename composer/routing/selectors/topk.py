@@ -30,11 +30,10 @@ class TopK(Selector):
 
     def forward(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Select experts by probability; see `Selector.forward`."""
-        probabilities = torch.softmax(logits.float(), dim=-1)
         k = min(self.top_k, logits.shape[-1])
-        # topk gives ties to any of the tied columns; a stable sort gives them to the lower id.
-        ordered, order = torch.sort(probabilities, dim=-1, descending=True, stable=True)
-        weights, positions = ordered[:, :k], order[:, :k]
+        # topk gives ties to any of the tied columns; a stable sort gives them to the lower id
+        ordered, order = torch.sort(logits.float(), dim=-1, descending=True, stable=True)
+        # a softmax over the k largest logits is the renormalised softmax over all of them
         if self.normalize:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
-        return positions, weights
+            return order[:, :k], torch.softmax(ordered[:, :k], dim=-1)
+        return order[:, :k], torch.softmax(ordered, dim=-1)[:, :k]
