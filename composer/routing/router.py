@@ -70,7 +70,8 @@ class Router(nn.Module):
         logits = self._score_together(features, counts, groups)
         if context.logit_bias is not None:
             logits = logits + self._bias(context.logit_bias, groups)
-        positions, weights = self.selector(logits.flatten(0, 1))
+        # .forward: once per layer and token, what a module's call costs shows in decoding
+        positions, weights = self.selector.forward(logits.flatten(0, 1))
         return RoutingDecision(
             indices=self._ids(groups, positions, features.shape[1]),
             weights=weights,
@@ -97,7 +98,7 @@ class Router(nn.Module):
     ) -> torch.Tensor:
         """Return the logits ``(batch, positions, n)`` of rows that may use equally many experts."""
         if len(groups) == 1:
-            return self.scorer(features, counts, groups[0].experts)  # type: ignore[no-any-return]
+            return self.scorer.forward(features, counts, groups[0].experts)
         logits = self.scorer.score_apart(features, counts, groups.table)
         if logits is not None:
             return logits
