@@ -44,7 +44,8 @@ class RouterSpec(_Strict):
     """How tokens find their experts: a context, a scorer and a selector."""
 
     scorer: str = "lda"
-    """``lda``: solved from the owners' additive statistics, no training; ``learned``: the owners' trained rows."""
+    """``lda`` and ``ridge``: solved from the owners' additive statistics, no training; ``learned``: the owners'
+    trained rows."""
     context: Literal["running_mean", "token"] = "running_mean"
     """What is scored: the mean of all states up to the token, or the token's state alone."""
     selector: str = "topk"

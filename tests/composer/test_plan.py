@@ -88,7 +88,7 @@ def test_unknown_names(pico: Any, manifest: Callable[..., Any]) -> None:
         "Unknown recipe 'flexolm'. Did you mean 'flexolmo'? Known: flexolmo."
     )
     assert _refused(manifest(scorer="ldb"), registry) == (
-        f"{CANNOT}  - Unknown scorer 'ldb'. Did you mean 'lda'? Known: lda, learned."
+        f"{CANNOT}  - Unknown scorer 'ldb'. Did you mean 'lda'? Known: lda, learned, ridge."
     )
     assert _refused(manifest(selector="topp"), registry) == (
         f"{CANNOT}  - Unknown selector 'topp'. Did you mean 'topk'? Known: topk."

@@ -35,7 +35,7 @@ class Row:
     router: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _poison_lda(scorer: Any, expert: int) -> None:
+def _poison_statistics(scorer: Any, expert: int) -> None:
     from experts.routing_artifacts import Statistics
 
     known = scorer.statistics[expert]
@@ -67,7 +67,11 @@ def _poison_mixed(block: Any, local: int) -> None:
         _poison_stacked(block.stacked, local - block.first_full)
 
 
-SCORERS = {"lda": Row(poison=_poison_lda), "learned": Row(poison=_poison_learned)}
+SCORERS = {
+    "lda": Row(poison=_poison_statistics),
+    "learned": Row(poison=_poison_learned),
+    "ridge": Row(poison=_poison_statistics),
+}
 SELECTORS = {"topk": Row()}
 CONTEXTS = {"running_mean": Row(), "token": Row()}
 BLOCKS = {

@@ -11,6 +11,7 @@ SCORERS = PluginTable(
     {
         "lda": "composer.routing.scorers.lda:LDAScorer",
         "learned": "composer.routing.scorers.learned:LearnedScorer",
+        "ridge": "composer.routing.scorers.ridge:RidgeScorer",
     },
 )
 """name -> class. Others register theirs as an entry point of the group ``coterie.scorers``."""
