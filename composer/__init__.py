@@ -11,21 +11,34 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from composer.building import build
+    from composer.editing import add_experts, remove_experts
     from composer.loading import load
     from composer.manifest import Manifest
     from composer.planning import Plan, plan
     from composer.trace import RoutingTrace
     from composer.verify import verify_optout
 
-__all__ = ["Manifest", "Plan", "RoutingTrace", "build", "load", "plan", "verify_optout"]
+__all__ = [
+    "Manifest",
+    "Plan",
+    "RoutingTrace",
+    "add_experts",
+    "build",
+    "load",
+    "plan",
+    "remove_experts",
+    "verify_optout",
+]
 
 _HOME = {
     "Manifest": "composer.manifest",
     "Plan": "composer.planning",
     "RoutingTrace": "composer.trace",
+    "add_experts": "composer.editing",
     "build": "composer.building",
     "load": "composer.loading",
     "plan": "composer.planning",
+    "remove_experts": "composer.editing",
     "verify_optout": "composer.verify",
 }
 

@@ -124,6 +124,10 @@ class FolderSource:
             raise IntegrityError(f"{self.folder} holds no file with sha256 {sha256}. Build it again.")
         return path
 
+    def holds(self, sha256: str) -> bool:
+        """Whether the lock lists a file of that digest."""
+        return sha256 in self._paths
+
     @cached_property
     def _paths(self) -> dict[str, Path]:
         base = self.lock.base

@@ -1,0 +1,250 @@
+"""Adds experts to a composed folder and takes experts out of it, without a registry holding the others.
+
+The result is what a fresh build of the changed manifest gives, file for file, and takes the folder's place in one
+step. Knows manifests, locks and links; opens no tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from composer.building import Progress, build
+from composer.edit_members import Joining, joining, leaving
+from composer.edit_source import EditSource
+from composer.lock import Lock
+from composer.manifest import ExpertEntry, Manifest
+from composer.members import BASE_FOLDER
+from composer.planning import Plan, plan
+from composer.source import FolderSource, Source
+from composer.swap import replacing
+from experts.card import CARD_FILE
+from experts.errors import BuildError, CoterieError, PlanError
+from experts.files import capped
+from experts.names import parse_reference
+
+__all__ = ["Change", "add_experts", "apply_change", "plan_change", "remove_experts"]
+
+MANIFEST_NAME = "manifest.yaml"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """A composed folder as it will be.
+
+    Attributes:
+        folder: Which folder.
+        before: What it is made of now.
+        plan: What it will be made of.
+        added: References (``owner/expert@version``) of the experts that join under a new name.
+        replaced: Old to new reference of the experts of which another version takes the place.
+        removed: References of the experts that leave.
+        warnings: What the user should know, the plan's warnings included.
+        source: Where names, cards and files come from.
+    """
+
+    folder: Path
+    before: Lock
+    plan: Plan
+    added: tuple[str, ...]
+    replaced: Mapping[str, str]
+    removed: tuple[str, ...]
+    warnings: tuple[str, ...]
+    source: EditSource
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for printing and ``--json``."""
+        return {
+            "folder": str(self.folder),
+            "added": list(self.added),
+            "replaced": dict(self.replaced),
+            "removed": list(self.removed),
+            **self.plan.to_dict(),
+            "warnings": list(self.warnings),
+        }
+
+
+def add_experts(
+    folder: Path | str, references: Sequence[str], *, registry: Source, copy: bool = False
+) -> Change:
+    """Add experts to a composed folder; another version of an expert that is there takes its place.
+
+    The result is the folder that `composer.building.build` makes of the folder's manifest with these references
+    in it, its experts listed by name. Everything that stays is linked from the folder itself.
+
+    Args:
+        folder: A composed folder.
+        references: ``owner/expert``, ``owner/expert@3`` or ``owner/expert@sha256:<card digest>``.
+        registry: Where they are.
+        copy: Whether the new files are copied instead of linked.
+
+    Returns:
+        What was changed.
+
+    Raises:
+        PlanError: Everything that stands in the way, at once.
+        ConsentError: The owner of a new expert, or of one that is there, has opted out.
+        BuildError: The folder is not a composed one, holds other files too, or cannot be written.
+        IntegrityError: A file is missing. In every case the folder is as it was.
+    """
+    change = plan_change(folder, add=references, registry=registry)
+    apply_change(change, copy=copy)
+    return change
+
+
+def remove_experts(folder: Path | str, names: Sequence[str]) -> Change:
+    """Take experts out of a composed folder; needs no registry.
+
+    The result is the folder that never had them, made of the same manifest without them, experts listed by name.
+
+    Args:
+        folder: A composed folder.
+        names: Owners (all of whose experts leave) or experts, ``owner/expert``.
+
+    Returns:
+        What was changed.
+
+    Raises:
+        PlanError: A name that is not in the folder, or nobody would be left; everything at once.
+        BuildError: See `add_experts`; in every case the folder is as it was.
+    """
+    change = plan_change(folder, remove=names)
+    apply_change(change)
+    return change
+
+
+def plan_change(
+    folder: Path | str,
+    *,
+    add: Sequence[str] = (),
+    remove: Sequence[str] = (),
+    registry: Source | None = None,
+) -> Change:
+    """Say what adding and removing would give; nothing is written.
+
+    Args:
+        folder: A composed folder.
+        add: References to experts of ``registry``.
+        remove: Owners or experts in the folder.
+        registry: Needed where ``add`` is not empty.
+
+    Raises:
+        PlanError: Everything that stands in the way, at once.
+        ConsentError: See `add_experts`.
+        BuildError: ``folder`` is not a composed folder, or its manifest was changed.
+    """
+    path = Path(folder).resolve()
+    own = FolderSource(path)
+    manifest = _read_manifest(path, own.lock)
+    out = leaving(path, own.lock, remove)
+    new = joining(path, own.lock, manifest, add, registry, without=out)
+    kept = {expert.name: f"{expert.name}@{expert.version}" for expert in own.lock.experts}
+    _check_members(path, kept, out, new)
+    source = EditSource(own, registry if add else None, new)
+    planned = plan(_changed(manifest, set(kept) - out, new), source)
+    return Change(
+        folder=path,
+        before=own.lock,
+        plan=planned,
+        added=tuple(record.ref for name, (_, record) in sorted(new.items()) if name not in kept),
+        replaced={kept[name]: record.ref for name, (_, record) in sorted(new.items()) if name in kept},
+        removed=tuple(kept[name] for name in sorted(out)),
+        warnings=(*planned.warnings, *_warnings(own, registry if add else None)),
+        source=source,
+    )
+
+
+def apply_change(change: Change, *, copy: bool = False, progress: Progress | None = None) -> Path:
+    """Make the changed folder beside the old one and let them change places.
+
+    Args:
+        change: From `plan_change`.
+        copy: Whether the files of new experts are copied instead of linked.
+        progress: Told of every file.
+
+    Returns:
+        The folder.
+
+    Raises:
+        BuildError: See `add_experts`.
+    """
+    with replacing(change.folder) as made:
+        if Lock.read(change.folder) != change.before:
+            raise BuildError(f"{change.folder} was changed meanwhile. Nothing was changed here; try again.")
+        source = change.source
+        if copy:
+            source = source.copied_to(made.with_name(f"{made.name}.copies"))
+        build(change.plan, made, registry=source, progress=progress)
+        _check_nothing_lost(change, made)
+    return change.folder
+
+
+def _read_manifest(folder: Path, lock: Lock) -> Manifest:
+    manifest = Manifest.from_file(folder / MANIFEST_NAME)
+    if manifest.digest != lock.manifest_sha256:
+        raise BuildError(
+            f"{folder / MANIFEST_NAME} was changed after the build, so it does not say what the folder is. Build "
+            "a new folder from it: coterie build."
+        )
+    return manifest
+
+
+def _check_members(folder: Path, there: Collection[str], out: Collection[str], new: Joining) -> None:
+    both = sorted(set(out) & set(new))
+    if both:
+        raise PlanError(f"{folder} cannot be changed: {', '.join(both)} cannot both join and leave.")
+    if not set(there) - set(out) and not new:
+        raise PlanError(
+            f"{folder} cannot be changed: without {', '.join(sorted(out))} no expert is left in it. Use its base "
+            f"alone ({BASE_FOLDER}/ in it is an ordinary model folder), or delete the folder."
+        )
+
+
+def _changed(manifest: Manifest, staying: Collection[str], new: Joining) -> Manifest:
+    """Return the manifest with its experts by name: the order must not depend on the way that led to it.
+
+    What is neither in the folder nor under ``opt_out`` is not listed any more: a folder that a model was saved to
+    without an owner still has the builder's manifest.
+    """
+    entries = {parse_reference(entry.ref)[0]: entry for entry in manifest.experts}
+    entries = {
+        name: entry
+        for name, entry in entries.items()
+        if name in staying or name.partition("/")[0] in manifest.opt_out
+    }
+    for name, (reference, _) in new.items():
+        entry = entries.get(name)
+        entries[name] = (
+            ExpertEntry(ref=reference) if entry is None else entry.model_copy(update={"ref": reference})
+        )
+    return manifest.model_copy(update={"experts": tuple(entry for _, entry in sorted(entries.items()))})
+
+
+def _warnings(own: FolderSource, registry: Source | None) -> list[str]:
+    """Say where a fresh build from the registry would differ, because something public is newer there."""
+    if registry is None:
+        return []
+    base = own.lock.base
+    try:
+        newest = registry.base(base.name)
+    except CoterieError:
+        return []
+    if newest.fingerprint != base.fingerprint or newest.routing_sha256 == base.routing_sha256:
+        return []
+    return [f"The registry has newer public routing artefacts for '{base.name}'; the folder keeps its own."]
+
+
+def _check_nothing_lost(change: Change, made: Path) -> None:
+    """Refuse to replace a folder that holds more than a build put there."""
+    known = {f"{expert.folder}/{CARD_FILE}" for expert in change.before.experts} | set(change.before.lineage)
+    found = (path.relative_to(change.folder) for path in change.folder.rglob("*") if not path.is_dir())
+    foreign = [
+        name.as_posix() for name in found if name.as_posix() not in known and not (made / name).exists()
+    ]
+    if foreign:
+        raise BuildError(
+            f"{change.folder} holds files that no build wrote; move them elsewhere first:",
+            problems=capped(sorted(foreign)),
+        )
