@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 from time import perf_counter
@@ -69,6 +69,11 @@ class DomainScore:
         tokens: Tokens predicted.
         seconds: Time it took.
         routing: Share of the routed weight of ``anchor`` and of each owner; empty for a plain model.
+        sent: Share of the tokens that are sent to ``anchor`` and to each owner, that is, whose largest weight is
+            theirs; empty for a plain model. See `composer.trace.RoutingTrace.sent`.
+        load: Share of the tokens that use ``anchor`` and each expert at all; empty for a plain model.
+        router_entropy: Mean entropy of the router's distribution over the allowed experts, in nats, before
+            selection; None for a plain model. See `composer.trace.RoutingTrace.entropy`.
     """
 
     nll: float
@@ -76,6 +81,9 @@ class DomainScore:
     tokens: int
     seconds: float
     routing: Mapping[str, float]
+    sent: Mapping[str, float] = field(default_factory=dict)
+    load: Mapping[str, float] = field(default_factory=dict)
+    router_entropy: float | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -285,7 +293,7 @@ def measure(
             bits_per_byte=nll / math.log(2) / domain.text_bytes if domain.text_bytes else math.nan,
             tokens=domain.tokens,
             seconds=seconds,
-            routing={} if trace is None else trace.mass(),
+            **_routing_of(trace),
         )
     return Evaluation(opt_out=tuple(sorted(opt_out)), domains=domains)
 
@@ -297,6 +305,18 @@ def _trace(model: nn.Module) -> Any:
     from composer.trace import RoutingTrace
 
     return RoutingTrace(model)  # type: ignore[arg-type]
+
+
+def _routing_of(trace: Any) -> dict[str, Any]:
+    """What a recorder says about a domain."""
+    if trace is None:
+        return {"routing": {}}
+    return {
+        "routing": trace.mass(),
+        "sent": trace.sent(),
+        "load": trace.load(),
+        "router_entropy": trace.entropy(),
+    }
 
 
 def _logits(model: nn.Module, ids: Tensor, opt_out: Collection[str]) -> Tensor:

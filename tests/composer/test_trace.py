@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import threading
 from typing import Any
 
 import pytest
 import torch
 
+from composer.routing.types import RoutingDecision
 from composer.trace import RoutingTrace
 
 
 @pytest.fixture(params=["lda", "learned"])
 def model(pico: Any, request: pytest.FixtureRequest) -> Any:
     return pico.loaded("mixed", scorer=request.param)
+
+
+BY_ID = ["anchor", "acme", "bob", "zoe"]
 
 
 def _run(model: Any, ids: torch.Tensor, **settings: Any) -> RoutingTrace:
@@ -91,6 +97,78 @@ def test_recording_changes_nothing_and_ends_with_the_block(pico: Any, model: Any
     assert trace.decisions == {}
 
 
+def _by_hand(trace: RoutingTrace, owner_of: list[str]) -> tuple[dict[str, float], list[float], float]:
+    """Who each token is sent to, who uses what, and how sure the router was: a loop over single tokens."""
+    sent = dict.fromkeys(owner_of, 0)
+    used = [0] * len(owner_of)
+    tokens, entropy = 0, 0.0
+    for decision, mask in itertools.chain.from_iterable(trace.decisions.values()):
+        real = [True] * len(decision.indices) if mask is None else mask.flatten().tolist()
+        for token, (ids, weights) in enumerate(
+            zip(decision.indices.tolist(), decision.weights.tolist(), strict=True)
+        ):
+            if not real[token]:
+                continue
+            tokens += 1
+            weight = dict.fromkeys(owner_of, 0.0)
+            for expert, value in zip(ids, weights, strict=True):
+                if expert >= 0:
+                    weight[owner_of[expert]] += value
+                    used[expert] += 1
+            sent[max(weight, key=lambda owner: weight[owner])] += 1
+            if decision.logits is not None:
+                finite = [x for x in decision.logits[token].tolist() if x > -math.inf]
+                normal = sum(math.exp(x - max(finite)) for x in finite)
+                p = [math.exp(x - max(finite)) / normal for x in finite]
+                entropy -= sum(value * math.log(value) for value in p if value)
+    shares = {owner: count / tokens for owner, count in sent.items()}
+    return shares, [count / tokens for count in used], entropy / tokens
+
+
+CASES = {
+    "whole": {},
+    "without one": {"opt_out": {"bob"}},
+    "row by row": {"opt_out": [set(), {"acme"}, {"acme", "zoe"}, {"acme", "bob", "zoe"}]},
+    "nobody": {"opt_out": {"acme", "bob", "zoe"}},
+    "padded": {"attention_mask": torch.ones(4, 24, dtype=torch.int64).tril(20)},
+}
+
+
+@pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
+def test_sent_load_and_entropy_by_hand(pico: Any, model: Any, settings: dict[str, Any]) -> None:
+    trace = _run(model, pico.prompts(), **settings)
+    sent, used, entropy = _by_hand(trace, BY_ID)
+    assert trace.sent() == pytest.approx(sent)
+    assert sum(sent.values()) == pytest.approx(1.0)
+    assert list(trace.load().values()) == pytest.approx(used)
+    assert list(trace.load()) == ["anchor", "acme/low", "bob/full", "zoe/low"]
+    assert trace.entropy() == pytest.approx(entropy, abs=1e-6)
+    assert (entropy == 0) == (settings == CASES["nobody"])
+
+
+def test_an_owners_experts_count_together(pico: Any) -> None:
+    """Two halves of 0.3 outweigh one expert of 0.4; a tie goes to the lower id."""
+    model = pico.loaded(experts=["acme/low", "acme/full", "zoe/low"], scorer="lda")
+    names = list(model.expert_names)
+    assert names == ["acme/full", "acme/low", "zoe/low"]
+    trace = RoutingTrace(model)
+    weights = torch.tensor([[0.3, 0.3, 0.4], [0.25, 0.25, 0.5], [0.2, 0.2, 0.6]])
+    trace._record(1, RoutingDecision(indices=torch.tensor([[1, 2, 3]] * 3), weights=weights), None)
+    assert trace.sent() == pytest.approx({"anchor": 0.0, "acme": 2 / 3, "zoe": 1 / 3})
+    assert trace.mass() == pytest.approx({"anchor": 0.0, "acme": 0.5, "zoe": 0.5})
+
+
+def test_indifference_is_the_logarithm(pico: Any) -> None:
+    model = pico.loaded("mixed", scorer="lda")
+    trace = RoutingTrace(model)
+    logits = torch.tensor([[1.0, 1.0, 1.0, 1.0], [2.0, -math.inf, 2.0, -math.inf]])
+    decision = RoutingDecision(
+        indices=torch.zeros(2, 1, dtype=torch.int64), weights=torch.ones(2, 1), logits=logits
+    )
+    trace._record(1, decision, None)
+    assert trace.entropy() == pytest.approx((math.log(4) + math.log(2)) / 2)
+
+
 def test_threads_record_their_own(pico: Any, model: Any) -> None:
     results: dict[str, dict[str, float]] = {}
 
@@ -110,4 +188,6 @@ def test_threads_record_their_own(pico: Any, model: Any) -> None:
 def test_nothing_recorded(model: Any) -> None:
     with RoutingTrace(model) as trace:
         pass
-    assert trace.mass() == {"anchor": 0.0, "acme": 0.0, "bob": 0.0, "zoe": 0.0}
+    assert trace.mass() == trace.sent() == {"anchor": 0.0, "acme": 0.0, "bob": 0.0, "zoe": 0.0}
+    assert trace.load() == {"anchor": 0.0, "acme/low": 0.0, "bob/full": 0.0, "zoe/low": 0.0}
+    assert math.isnan(trace.entropy())

@@ -22,7 +22,8 @@ def test_uniform_model_has_the_loss_of_the_vocabulary(uniform, tokenizer, data):
     for score in result.domains.values():
         assert score.nll == pytest.approx(math.log(97), rel=1e-6)
         assert score.tokens == 6 * 15
-        assert score.routing == {}
+        assert score.routing == score.sent == score.load == {}
+        assert score.router_entropy is None
         assert score.tokens_per_second == pytest.approx(score.tokens / score.seconds)
         # this tokenizer writes a byte a token
         assert score.bits_per_byte == pytest.approx(math.log2(97), rel=1e-6)
@@ -83,6 +84,21 @@ def test_opt_out_is_the_model_that_was_loaded_without(pico, tokenizer, data):
     assert any(asked.domains[name].nll != pytest.approx(whole.domains[name].nll, rel=1e-3) for name in data)
 
 
+def test_routing_is_that_of_a_trace(pico, tokenizer, data):
+    from composer.trace import RoutingTrace
+
+    model = pico.loaded()
+    result = evaluate(model, tokenizer, data, batch_size=4, **SETTINGS)
+    for name, domain in prepare(data, tokenizer, **SETTINGS).items():
+        with RoutingTrace(model) as trace, torch.inference_mode():
+            model(domain.ids)
+        score = result.domains[name]
+        assert score.routing == pytest.approx(trace.mass(), abs=1e-6)
+        assert score.sent == pytest.approx(trace.sent(), abs=1e-6)
+        assert score.load == pytest.approx(trace.load(), abs=1e-6)
+        assert score.router_entropy == pytest.approx(trace.entropy(), abs=1e-5)
+
+
 def test_unknown_owner_is_named(pico, tokenizer, data):
     with pytest.raises(UnknownNameError) as caught:
         evaluate(pico.loaded(), tokenizer, data, opt_out={"bop"}, **SETTINGS)
@@ -123,6 +139,9 @@ def test_result_is_plain_data(pico, tokenizer, data):
         "tokens",
         "seconds",
         "routing",
+        "sent",
+        "load",
+        "router_entropy",
         "tokens_per_second",
     }
 
