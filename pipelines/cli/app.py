@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from pipelines.cli import audit, base, catalog, compose, consent, demo, enrol, generate, measure, train
+from pipelines.cli import audit, base, catalog, compose, consent, demo, edit, enrol, generate, measure, train
 from pipelines.cli.errors import guarded
 from pipelines.cli.options import RegistryOption, examples
 
@@ -29,6 +29,8 @@ ORDER = (
     "verify",
     "plan",
     "build",
+    "add",
+    "remove",
     "generate",
     "evaluate",
     "opt-out",
@@ -115,6 +117,8 @@ app.command("show", epilog=catalog.SHOW_EXAMPLES)(catalog.show)
 app.command("verify", epilog=catalog.VERIFY_EXAMPLES)(catalog.verify)
 app.command("plan", epilog=compose.PLAN_EXAMPLES)(compose.show_plan)
 app.command("build", epilog=compose.BUILD_EXAMPLES)(compose.build_folder)
+app.command("add", epilog=edit.ADD_EXAMPLES)(edit.add_to_folder)
+app.command("remove", epilog=edit.REMOVE_EXAMPLES)(edit.remove_from_folder)
 app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
 app.command("evaluate", epilog=measure.EXAMPLES)(measure.evaluate_folder)
 app.add_typer(consent.group, name="opt-out")
