@@ -13,7 +13,20 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from pipelines.cli import audit, base, catalog, compose, consent, demo, edit, enrol, generate, measure, train
+from pipelines.cli import (
+    attribute,
+    audit,
+    base,
+    catalog,
+    compose,
+    consent,
+    demo,
+    edit,
+    enrol,
+    generate,
+    measure,
+    train,
+)
 from pipelines.cli.errors import guarded
 from pipelines.cli.options import RegistryOption, examples
 
@@ -33,6 +46,7 @@ ORDER = (
     "remove",
     "generate",
     "evaluate",
+    "attribute",
     "opt-out",
     "verify-optout",
     "audit",
@@ -121,6 +135,7 @@ app.command("add", epilog=edit.ADD_EXAMPLES)(edit.add_to_folder)
 app.command("remove", epilog=edit.REMOVE_EXAMPLES)(edit.remove_from_folder)
 app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
 app.command("evaluate", epilog=measure.EXAMPLES)(measure.evaluate_folder)
+app.command("attribute", epilog=attribute.EXAMPLES)(attribute.attribute_request)
 app.add_typer(consent.group, name="opt-out")
 app.command("verify-optout", epilog=compose.VERIFY_EXAMPLES)(compose.verify_optout_folder)
 app.add_typer(audit.group, name="audit")
