@@ -285,6 +285,24 @@ TEXTS: dict[str, TextSource] = {
         license="LicenseRef-Public-Domain",
         source="Detective stories, a history of the United States and a novel, in passages.",
     ),
+    "stories": TextSource(
+        read=_read_books("stories"),
+        asset="gutenberg",
+        license="LicenseRef-Public-Domain",
+        source="Detective stories, in passages; a part of the prose.",
+    ),
+    "history": TextSource(
+        read=_read_books("history"),
+        asset="gutenberg",
+        license="LicenseRef-Public-Domain",
+        source="A history of the United States, in passages; a part of the prose.",
+    ),
+    "novel": TextSource(
+        read=_read_books("novel"),
+        asset="gutenberg",
+        license="LicenseRef-Public-Domain",
+        source="A novel, in passages; a part of the prose.",
+    ),
     "surgery": TextSource(
         read=_read_books("surgery"),
         asset="gutenberg",

@@ -23,6 +23,7 @@ from pipelines.cli import (
     demo,
     edit,
     enrol,
+    experiment,
     generate,
     measure,
     train,
@@ -50,6 +51,7 @@ ORDER = (
     "opt-out",
     "verify-optout",
     "audit",
+    "experiment",
     "demo",
 )
 """The commands in the order in which they are used."""
@@ -139,6 +141,7 @@ app.command("attribute", epilog=attribute.EXAMPLES)(attribute.attribute_request)
 app.add_typer(consent.group, name="opt-out")
 app.command("verify-optout", epilog=compose.VERIFY_EXAMPLES)(compose.verify_optout_folder)
 app.add_typer(audit.group, name="audit")
+app.add_typer(experiment.group, name="experiment")
 app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
 
 
