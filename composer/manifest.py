@@ -49,7 +49,8 @@ class RouterSpec(_Strict):
     context: Literal["running_mean", "token"] = "running_mean"
     """What is scored: the mean of all states up to the token, or the token's state alone."""
     selector: str = "topk"
-    """How logits become choices."""
+    """How logits become choices. ``topk``: the ``top_k`` most probable experts; ``topp``: as few of them as hold
+    ``top_p`` of the probability."""
     top_k: int = Field(default=2, ge=1)
     """Experts per token, the anchor counted; fewer where fewer are allowed."""
     normalize: bool = True
@@ -58,6 +59,8 @@ class RouterSpec(_Strict):
     """Decoder layer whose input a model-wide scorer reads; null: where the owners took their statistics."""
     options: dict[str, float | int | str | bool | None] = {}
     """Settings of the scorer, for instance ``{shrinkage: 0.1}``."""
+    selector_options: dict[str, float | int | str | bool | None] = {}
+    """Settings of the selector, for instance ``{top_p: 0.8}``."""
 
 
 class Manifest(_Strict):

@@ -85,7 +85,7 @@ class StackedFFN(nn.Module):
             x: ``(tokens, d)``.
             indices: int64 ``(tokens, k)`` positions in the stack; `UNUSED` only at the end of a row.
             weights: ``(tokens, k)``.
-            has_unused: Whether any slot is empty. Such rows run apart, by their number of experts, so that no
+            has_unused: Whether any slot may be empty. Such rows run apart, by their number of experts, so that no
                 slot is filled with a product by zero.
         """
         if not has_unused:

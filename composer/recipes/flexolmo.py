@@ -7,7 +7,7 @@ being opened.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from composer.lock import OptOutClass
@@ -82,14 +82,24 @@ def _router_problems(
             found.append(str(error))
     if found:
         return found
-    scorer = SCORERS.load(router.scorer)
-    try:
-        validate(scorer.Options, dict(router.options), what="router.options", error=PlanError)
-    except PlanError as error:
-        found += [f"router.options.{problem}" for problem in error.problems] or [str(error)]
+    scorer, selector = SCORERS.load(router.scorer), SELECTORS.load(router.selector)
+    found += _option_problems(scorer, router.scorer, router.options, what="router.options")
+    found += _option_problems(
+        selector, router.selector, router.selector_options, what="router.selector_options"
+    )
     published = {card.name: (card.routing, card.layers) for card in experts}
     found += scorer.problems(public=public, experts=published, layer=router.layer)
     return found
+
+
+def _option_problems(plugin: Any, name: str, options: Mapping[str, object], *, what: str) -> list[str]:
+    if options and not plugin.Options.model_fields:
+        return [f"{what}: '{name}' has no options; leave out {', '.join(sorted(options))}"]
+    try:
+        validate(plugin.Options, dict(options), what=what, error=PlanError)
+    except PlanError as error:
+        return [f"{what}.{problem}" for problem in error.problems] or [str(error)]
+    return []
 
 
 class _RouterMaker:
@@ -134,9 +144,10 @@ class _RouterMaker:
             device=self.model.device,
         )
         selector = SELECTORS.load(self.spec.selector)
+        wanted = selector.Options(**self.spec.selector_options).model_dump()
         return Router(
             scorer=self.scorer_class.make(inputs, self.options),
-            selector=selector(top_k=self.spec.top_k, normalize=self.spec.normalize),
+            selector=selector(top_k=self.spec.top_k, normalize=self.spec.normalize, **wanted),
             context=self.spec.context,
             num_experts=len(self.artifacts),
             present=None if len(present) == len(self.artifacts) else present,

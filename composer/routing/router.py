@@ -47,6 +47,7 @@ class Router(nn.Module):
         self.present = None if present is None else frozenset((ANCHOR, *present))
         self.scorer = scorer
         self.selector = selector
+        self.adaptive = selector.adaptive
         self.context = context
         self.num_experts = num_experts
         self._id_tables: Recent[torch.Tensor] = Recent()
@@ -76,6 +77,7 @@ class Router(nn.Module):
             indices=self._ids(groups, positions, features.shape[1]),
             weights=weights,
             logits=self._spread(groups, logits) if trace else None,
+            has_unused=self.adaptive,
         )
 
     def _anchor_only(self, context: RoutingContext) -> RoutingDecision:
@@ -126,11 +128,16 @@ class Router(nn.Module):
         if len(groups) == 1:
             return self._ids_of(groups[0], positions)
         table = groups.table if length == 1 else groups.table.repeat_interleave(length, dim=0)
-        return table.gather(1, positions)
+        if not self.adaptive:
+            return table.gather(1, positions)
+        return torch.where(positions == UNUSED, positions, table.gather(1, positions.clamp(min=0)))
 
     def _ids_of(self, group: AllowedGroup, positions: torch.Tensor) -> torch.Tensor:
         key = (group.experts, positions.device)
-        ids = self._id_tables.get(key, lambda: torch.tensor(group.experts, device=positions.device))
+        # an empty slot is -1, the last entry
+        ids = self._id_tables.get(
+            key, lambda: torch.tensor((*group.experts, UNUSED), device=positions.device)
+        )
         return ids[positions]
 
     def _spread(self, groups: Groups, logits: torch.Tensor) -> torch.Tensor:
@@ -169,7 +176,7 @@ class Router(nn.Module):
             indices=indices,
             weights=weights,
             logits=_in_batch_order(spread, groups, features.shape[1]) if trace else None,
-            has_unused=any(ids.shape[1] < k for ids, _ in parts),
+            has_unused=self.adaptive or any(ids.shape[1] < k for ids, _ in parts),
         )
 
 

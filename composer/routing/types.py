@@ -23,7 +23,8 @@ ANCHOR = 0
 """Id of the anchor, which nobody owns and no opt-out removes."""
 
 UNUSED = -1
-"""Fills a slot of a decision that no expert takes (a row may have fewer allowed experts than top_k)."""
+"""Fills a slot of a decision that no expert takes: a row may have fewer allowed experts than top_k, and an adaptive
+selector may want fewer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +127,7 @@ class RoutingDecision:
         indices: int64 ``(tokens, k)`` expert ids with ``tokens = batch * positions``; `UNUSED` where a slot is empty.
         weights: ``(tokens, k)``, float32 or the model's dtype, 0 where a slot is empty.
         logits: float32 ``(tokens, num_experts + 1)``, ``-inf`` at experts that were not allowed; None unless traced.
-        has_unused: Whether any slot is empty.
+        has_unused: Whether any slot may be empty.
         anchor_only: Whether every token goes to the anchor alone, so that the base model's own FFN answers.
     """
 

@@ -90,8 +90,8 @@ def test_unknown_names(pico: Any, manifest: Callable[..., Any]) -> None:
     assert _refused(manifest(scorer="ldb"), registry) == (
         f"{CANNOT}  - Unknown scorer 'ldb'. Did you mean 'lda'? Known: lda, learned, ridge."
     )
-    assert _refused(manifest(selector="topp"), registry) == (
-        f"{CANNOT}  - Unknown selector 'topp'. Did you mean 'topk'? Known: topk."
+    assert _refused(manifest(selector="top_p"), registry) == (
+        f"{CANNOT}  - Unknown selector 'top_p'. Did you mean 'topp'? Known: topk, topp."
     )
     assert _refused(manifest(opt_out=["acne"]), registry) == (
         f"{CANNOT}  - opt_out: Unknown owner 'acne'. Did you mean 'acme'? Known: acme, bob, zoe."
@@ -110,6 +110,18 @@ def test_router_options(pico: Any, manifest: Callable[..., Any]) -> None:
         "  - router.options.temperature: input should be greater than 0, given 0.0\n"
         "  - router.options.shrinkag: unknown key; did you mean 'shrinkage'? Allowed: anchor_prior, evidence, "
         "shrinkage, temperature"
+    )
+    options = {"shrinkage": -1.0}
+    selector_options = {"topp": 0.5, "top_p": 1.5}
+    wrong = manifest(selector="topp", options=options, selector_options=selector_options)
+    assert _refused(wrong, pico.library()) == (
+        f"{CANNOT}"
+        "  - router.options.shrinkage: input should be greater than 0, given -1.0\n"
+        "  - router.selector_options.top_p: input should be less than or equal to 1, given 1.5\n"
+        "  - router.selector_options.topp: unknown key; did you mean 'top_p'? Allowed: top_p"
+    )
+    assert _refused(manifest(selector_options={"top_p": 0.5}), pico.library()) == (
+        f"{CANNOT}  - router.selector_options: 'topk' has no options; leave out top_p"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+from itertools import combinations, product
 from typing import Any
 
 from torch import nn
@@ -29,6 +30,19 @@ def test_every_row_is_in_a_case(table: dict[str, Any]) -> None:
         assert {case.router[key] for case in table["cases"]} == set(table[kind])
     assert {case.block for case in table["cases"]} == set(table["blocks"])
     assert {case.recipe for case in table["cases"]} == set(table["recipes"])
+
+
+def test_any_two_rows_of_different_kinds_meet_in_a_case(table: dict[str, Any]) -> None:
+    kinds = ("scorers", "selectors", "contexts", "blocks")
+    found = {
+        pair
+        for case in table["cases"]
+        for pair in combinations(
+            (case.router["scorer"], case.router["selector"], case.router["context"], case.block), 2
+        )
+    }
+    for one, other in combinations(kinds, 2):
+        assert set(product(table[one], table[other])) <= found
 
 
 def test_every_family_is_in_a_case(table: dict[str, Any], pico: Any) -> None:

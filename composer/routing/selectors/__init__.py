@@ -10,6 +10,7 @@ SELECTORS = PluginTable(
     "selector",
     {
         "topk": "composer.routing.selectors.topk:TopK",
+        "topp": "composer.routing.selectors.topp:TopP",
     },
 )
 """name -> class. Others register theirs as an entry point of the group ``coterie.selectors``."""
