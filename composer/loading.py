@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from composer.model import ComposedForCausalLM
     from registry import Registry
 
-__all__ = ["load"]
+__all__ = ["left_out", "load"]
 
 
 def load(
@@ -64,7 +64,7 @@ def load(
             f"Unknown arguments for loading a composed model: {', '.join(sorted(kwargs))}. Allowed: opt_out, "
             "registry, verify, dtype, device, attn_implementation, experts_implementation."
         )
-    members = Members.open(folder, lock, without=_left_out(lock, opt_out, registry))
+    members = Members.open(folder, lock, without=left_out(lock, opt_out, registry))
     if verify:
         members.check_digests()
     model = _base_model(folder, lock, dtype, attn_implementation, experts_implementation)
@@ -85,7 +85,8 @@ def _device(device: Any) -> Any:
     return device
 
 
-def _left_out(lock: Lock, opt_out: Collection[str], registry: Registry | Path | str | None) -> frozenset[str]:
+def left_out(lock: Lock, opt_out: Collection[str], registry: Registry | Path | str | None) -> frozenset[str]:
+    """Return the owners to leave out: those that are named, and those who are out in the registry now."""
     if isinstance(opt_out, str):
         raise OptOutError(f"opt_out is the string '{opt_out}'. Write {{'{opt_out}'}}.")
     owners = check_owners(opt_out, lock.owners)

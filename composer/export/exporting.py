@@ -1,0 +1,185 @@
+"""Writes a composition as a checkpoint of a stock class, or says why there is none that computes the same.
+
+``plan_export`` checks and lays out; ``export`` writes. A left-out owner's files are not opened.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from composer.building import TOKENIZER_FILES, link_file, new_folder
+from composer.export import TARGETS
+from composer.export.card import write_card, write_owners
+from composer.export.exactness import judge, read_rows
+from composer.export.layout import Layout
+from composer.export.shards import SHARD_BYTES, Progress, write_shards
+from composer.export.tensors import FLOATS, Entry
+from composer.loading import left_out
+from composer.lock import Lock
+from composer.members import BASE_FOLDER, Members
+from experts.errors import BuildError
+
+if TYPE_CHECKING:
+    from composer.export.target import StockTarget
+    from registry import Registry
+
+__all__ = ["ExportPlan", "export", "plan_export"]
+
+_SPELLING = {torch: ours for ours, torch in FLOATS.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportPlan:
+    """What `export` will write.
+
+    Attributes:
+        target: Name in `TARGETS`.
+        stock: The stock class.
+        members: The composition without the owners that are left out.
+        entries: Every tensor, in the order in which it is written.
+        settings: What the stock class has and the base has not.
+        dtype: Of every floating tensor, as torch spells it.
+        densified: What is written in full although the composition stores less.
+        left_out: Owners that are not in it.
+    """
+
+    target: str
+    stock: StockTarget
+    members: Members
+    entries: tuple[Entry, ...]
+    settings: dict[str, Any]
+    dtype: str
+    densified: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+    @cached_property
+    def bytes(self) -> int:
+        """Tensor bytes of the checkpoint."""
+        return sum(entry.spec.nbytes for entry in self.entries)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for printing and ``--json``."""
+        lock = self.members.lock
+        return {
+            "target": self.target,
+            "architecture": self.stock.architecture,
+            "composition": lock.name,
+            "base": lock.base.name,
+            "experts": [
+                {"index": member.id, "name": member.locked.name, "owner": member.locked.owner}
+                for member in self.members.experts
+            ],
+            "left_out": list(self.left_out),
+            "settings": self.settings,
+            "dtype": self.dtype,
+            "densified": list(self.densified),
+            "tensors": len(self.entries),
+            "bytes": self.bytes,
+        }
+
+
+def plan_export(
+    folder: Path | str,
+    to: str,
+    *,
+    opt_out: Collection[str] = (),
+    registry: Registry | Path | str | None = None,
+    densify: bool = False,
+) -> ExportPlan:
+    """Check that a composition has an exact stock form and lay it out; no weight is read.
+
+    Args:
+        folder: A composed folder.
+        to: Name in `TARGETS`.
+        opt_out: Owners to leave out.
+        registry: A registry or its path, whose opt-outs count too.
+        densify: Write low-rank experts in full, ``W + s B A`` (exact up to rounding), and copies of the anchor
+            for absent experts, where that is exact.
+
+    Raises:
+        BuildError: There is no exact form; every reason is listed.
+        UnknownNameError: The target, or an owner, is unknown.
+    """
+    stock: StockTarget = TARGETS.load(to)()
+    path = Path(folder)
+    lock = Lock.read(path)
+    without = left_out(lock, opt_out, registry)
+    members = Members.open(path, lock, without=without)
+    if not members.experts:
+        raise BuildError(
+            f"Nobody is left in {path} to export. Use the base '{lock.base.name}' itself, in {path / BASE_FOLDER}."
+        )
+    rows = read_rows(members)
+    verdict = judge(to, stock, members, rows, densify=densify)
+    if verdict.problems:
+        raise BuildError(f"{path} is not exactly a {stock.title} model:", problems=verdict.problems)
+    dtype = _dtype(members)
+    num_experts = len(members.experts) + 1
+    return ExportPlan(
+        target=to,
+        stock=stock,
+        members=members,
+        entries=tuple(Layout(stock, members, rows, dtype=dtype, dense=verdict.dense).entries()),
+        settings=stock.settings(
+            num_experts=num_experts,
+            top_k=min(lock.router.top_k, num_experts),
+            normalize=lock.router.normalize,
+            intermediate_size=members.description.intermediate_size,
+            dense=verdict.dense,
+        ),
+        dtype=FLOATS[dtype],
+        densified=verdict.densified,
+        left_out=tuple(sorted(without)),
+    )
+
+
+def _dtype(members: Members) -> str:
+    """Return the dtype the composition is loaded in, in safetensors' spelling."""
+    config = members.description.config
+    declared = members.lock.dtype or config.get("dtype") or config.get("torch_dtype")
+    return _SPELLING.get(str(declared), members.description.dtype)
+
+
+def export(
+    plan: ExportPlan,
+    out: Path | str,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress | None = None,
+) -> Path:
+    """Write the checkpoint: tensors one by one, configuration, tokenizer, who is who in ``owners.yaml``.
+
+    Args:
+        plan: What to write.
+        out: The folder; it must not exist.
+        shard_bytes: Tensor bytes of a file.
+        progress: Told of every tensor.
+
+    Raises:
+        BuildError: ``out`` exists or cannot be written, or a tensor did not reach its file. Nothing is left behind.
+    """
+    source = plan.members.folder
+    with new_folder(Path(out)) as staging:
+        write_shards(staging, plan.entries, shard_bytes=shard_bytes, progress=progress)
+        _write_config(plan, staging)
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                link_file(source / name, staging / name)
+        write_owners(staging / "owners.yaml", plan.members)
+        write_card(staging / "README.md", plan.members, plan.stock, densified=plan.densified)
+    return Path(out)
+
+
+def _write_config(plan: ExportPlan, staging: Path) -> None:
+    from transformers import AutoConfig
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers' advice on configurations is not for this reader
+        base = AutoConfig.from_pretrained(plan.members.folder / BASE_FOLDER, local_files_only=True)
+        config = plan.stock.config(base, dtype=plan.dtype, settings=plan.settings)
+        config.to_json_file(staging / "config.json", use_diff=False)

@@ -1,0 +1,210 @@
+"""What has no exact stock form is refused with every reason at once, and with what would help."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+LAYERS_LACK = (
+    "and a stock gate routes to every expert in every layer; a copy of the anchor is exact with `top_k: 1` and "
+    "`normalize: true` only, so compose experts of the same layers"
+)
+CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any], bool, tuple[str, ...]]] = {
+    "bias": (
+        "llama",
+        ("acme/biased", "bob/full"),
+        {},
+        False,
+        (
+            "acme/biased has a negative router bias (-1), and stock gates have none and would ignore it; compose with "
+            "`options: {bias: false}` if `coterie evaluate` shows that it may go",
+        ),
+    ),
+    "running mean": (
+        "llama",
+        ("bob/full",),
+        {"context": "running_mean"},
+        False,
+        (
+            "the context 'running_mean' has no stock form, stock gates look at one token; compose with "
+            "`context: token`",
+        ),
+    ),
+    "normalisation": (
+        "llama",
+        ("acme/full", "bob/full"),
+        {"normalize": False},
+        False,
+        (
+            "Mixtral lets the chosen weights sum to 1 and the composition does not; compose with `normalize: true`",
+        ),
+    ),
+    "low rank": (
+        "llama",
+        ("acme/low", "bob/full"),
+        {},
+        False,
+        ("acme/low is low-rank (at most 2); --densify writes it in full",),
+    ),
+    "layers without experts": (
+        "llama",
+        ("acme/some", "bob/some"),
+        {},
+        False,
+        ("layers 0, 3 have no experts and need copies of the anchor; --densify does it",),
+    ),
+    "layers without experts, weights of another sum": (
+        "olmo2",
+        ("acme/some", "bob/some"),
+        {"normalize": False},
+        True,
+        (
+            "layers 0, 3 have no experts, and copies of the anchor stand for it only where weights sum to 1; compose "
+            "with `normalize: true`",
+        ),
+    ),
+    "layers of some": (
+        "llama",
+        ("acme/some", "bob/full", "zoe/full"),
+        {},
+        True,
+        (f"layers 0, 3 lack acme/some, {LAYERS_LACK}",),
+    ),
+    "layers of some, one choice": (
+        "llama",
+        ("acme/some", "bob/full"),
+        {"top_k": 1},
+        False,
+        (
+            "layers 0, 3 lack acme/some, and a stock gate routes to every expert in every layer, which a copy of the "
+            "anchor with its row answers; --densify does it",
+        ),
+    ),
+    "everything at once": (
+        "olmo2",
+        ("acme/biased", "bob/some", "acme/low"),
+        {"context": "running_mean", "normalize": False},
+        False,
+        (
+            "the base is of the family 'olmo2', Mixtral is exact for llama and mistral; use --to flex_olmo",
+            "the context 'running_mean' has no stock form, stock gates look at one token; compose with "
+            "`context: token`",
+            "Mixtral lets the chosen weights sum to 1 and the composition does not; compose with `normalize: true`",
+            "acme/biased has a negative router bias (-1), and stock gates have none and would ignore it; compose with "
+            "`options: {bias: false}` if `coterie evaluate` shows that it may go",
+            "acme/low is low-rank (at most 2); --densify writes it in full",
+            f"layers 0, 3 lack bob/some, {LAYERS_LACK}",
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize(("family", "experts", "router", "densify", "problems"), CASES.values(), ids=CASES)
+def test_refusal_lists_every_reason(
+    family: str,
+    experts: tuple[str, ...],
+    router: dict[str, Any],
+    densify: bool,
+    problems: tuple[str, ...],
+    stock: Any,
+    message: Callable[..., str],
+) -> None:
+    from composer.export.exporting import plan_export
+
+    target = "mixtral" if len(problems) > 1 else stock.targets[family]
+    title = {"mixtral": "Mixtral", "flex_olmo": "FlexOlmo"}[target]
+    folder = stock.composed(family, experts, **router)
+    said = message(plan_export, folder, target, densify=densify)
+    assert said == "\n".join([f"{folder} is not exactly a {title} model:", *(f"  - {p}" for p in problems)])
+
+
+def test_solved_router_is_refused(pico: Any, message: Callable[..., str]) -> None:
+    from composer.export.exporting import plan_export
+
+    folder = pico.composed("stacked", experts=("bob/full",), context="token", scorer="lda")
+    said = message(plan_export, folder, "mixtral")
+    assert said == (
+        f"{folder} is not exactly a Mixtral model:\n"
+        "  - the scorer 'lda' has no stock form, stock gates multiply with one row per expert and layer; compose with "
+        "`scorer: learned`\n"
+        "  - layers 0-1 have no experts and need copies of the anchor; --densify does it"
+    )
+
+
+def test_family_without_a_stock_class_is_refused(pico: Any, message: Callable[..., str]) -> None:
+    from composer.export.exporting import plan_export
+
+    folder = pico.composed(
+        "stacked", family="gpt_neox", experts=("bob/full",), context="token", scorer="learned"
+    )
+    assert message(plan_export, folder, "qwen3_moe").splitlines()[1] == (
+        "  - the base is of the family 'gpt_neox', Qwen3-MoE is exact for qwen3; no stock class that is known here "
+        "has its blocks"
+    )
+
+
+def test_unknown_target_and_owner(stock: Any, message: Callable[..., str]) -> None:
+    from composer.export.exporting import plan_export
+
+    folder = stock.composed("llama")
+    assert message(plan_export, folder, "mixtrl") == (
+        "Unknown export target 'mixtrl'. Did you mean 'mixtral'? Known: flex_olmo, mixtral, qwen3_moe."
+    )
+    assert message(plan_export, folder, "mixtral", opt_out={"bop"}) == (
+        "Unknown owner 'bop'. Did you mean 'bob'? Known: acme, bob, zoe."
+    )
+    assert message(plan_export, folder, "mixtral", opt_out={"acme", "bob", "zoe"}) == (
+        f"Nobody is left in {folder} to export. Use the base 'llama' itself, in {folder / 'base'}."
+    )
+
+
+def test_biases_that_the_composition_ignores_do_not_matter(stock: Any, pico: Any) -> None:
+    import torch
+
+    folder = stock.composed("llama", ("acme/biased", "bob/full"), options={"bias": False})
+    out = stock.export(folder, "mixtral")
+    ids = pico.prompts()
+    torch.testing.assert_close(stock.stock_logits(out, ids), stock.logits(folder, ids), rtol=0, atol=1e-5)
+
+
+def test_a_bias_that_were_dropped_would_show(stock: Any, pico: Any) -> None:
+    """The control of the refusal: it is not refused for nothing."""
+    ids = pico.prompts()
+    kept = stock.logits(stock.composed("llama", ("acme/biased", "bob/full")), ids)
+    dropped = stock.logits(stock.composed("llama", ("acme/biased", "bob/full"), options={"bias": False}), ids)
+    assert (kept - dropped).abs().max() > 1e-3
+
+
+def test_what_the_class_has_no_place_for() -> None:
+    from composer.export import TARGETS
+
+    mixtral, qwen = (TARGETS.load(name)() for name in ("mixtral", "qwen3_moe"))
+    names = [
+        "model.norm.weight",
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.11.input_layernorm.weight",
+    ]
+    assert mixtral.misfits(names) == ["model.layers.0.self_attn.q_proj.bias"]
+    assert qwen.misfits(names) == []
+    assert qwen.setting_problems({"use_sliding_window": True}) == [
+        "the base uses sliding windows in some layers; Qwen3-MoE has one window for all of them"
+    ]
+
+
+def test_file_that_changed_since_the_build_is_refused(
+    stock: Any, pico: Any, message: Callable[..., str]
+) -> None:
+    import shutil
+
+    from composer.export.exporting import plan_export
+
+    folder = pico.scratch("changed")
+    shutil.copytree(stock.composed("llama"), folder)
+    other = pico.base("qwen3") / "model.safetensors"
+    (folder / "base" / "model.safetensors").unlink()
+    shutil.copy(other, folder / "base" / "model.safetensors")
+    assert message(plan_export, folder, "mixtral") == (
+        f"The files in {folder / 'base'} are not the anchor's. Build the folder again."
+    )
