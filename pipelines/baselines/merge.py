@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from experts.errors import DataError, ManifestError
 from pipelines.baselines.arm import DenseArm
-from pipelines.baselines.dense import DenseTensors, open_dense
+from pipelines.baselines.dense import open_dense
 from pipelines.evaluate import DomainWindows, measure
 
 if TYPE_CHECKING:
@@ -159,11 +159,12 @@ def _soup(context: BaselineContext, weights: Mapping[str, float]) -> DenseArm:
 def validation_weights(
     context: BaselineContext, validation: Mapping[str, Tensor], *, temperature: float = 1.0
 ) -> dict[str, float]:
-    """Weigh each expert by its inverse perplexity on validation text.
+    """Weigh each expert by its perplexity on validation text, relative to the anchor's on the same text.
 
-    ``w_j = ppl_j ^ (-1 / T) / sum_i ppl_i ^ (-1 / T)`` with ``log ppl_j`` the mean NLL in nats per token of expert
-    j's dense model. On public text all experts read the same; on own text each owner measures on held-out text of
-    the own domain and hands over one number.
+    ``w_j ~ (ppl_anchor / ppl_j) ^ (1 / T)``, summing to 1, with ``log ppl`` the mean NLL in nats per token of a
+    dense model. On public text all experts read the same, and the anchor cancels: shares of inverse perplexity. On
+    own text each owner measures on held-out text of the own domain and hands over one number; the anchor takes out
+    how hard that text is, which says nothing about the expert.
 
     Args:
         context: Anchor and experts.
@@ -183,15 +184,15 @@ def validation_weights(
         )
     anchor = context.anchor()
     experts = open_dense(context)
-    nll = {
-        domain: _mean_nll(anchor, tensors, validation[PUBLIC if missing else domain])
-        for domain, tensors in experts.items()
-    }
-    shares = torch.softmax(torch.tensor(list(nll.values()), dtype=torch.float64) / -temperature, dim=0)
-    return dict(zip(nll, shares.tolist(), strict=True))
+    gains = []
+    for domain, tensors in experts.items():
+        ids = validation[PUBLIC if missing else domain]
+        gains.append(_mean_nll(anchor, {}, ids) - _mean_nll(anchor, tensors, ids))
+    shares = torch.softmax(torch.tensor(gains, dtype=torch.float64) / temperature, dim=0)
+    return dict(zip(experts, shares.tolist(), strict=True))
 
 
-def _mean_nll(anchor: Anchor, tensors: DenseTensors, ids: Tensor) -> float:
+def _mean_nll(anchor: Anchor, tensors: Mapping[str, Tensor], ids: Tensor) -> float:
     windows = {PUBLIC: DomainWindows(ids=ids, text_bytes=0)}
     return measure(nn.Identity(), windows, run=DenseArm(anchor, dict(tensors))).mean_nll
 
