@@ -24,8 +24,10 @@ from pipelines.cli import (
     edit,
     enrol,
     experiment,
+    export,
     generate,
     measure,
+    memorization,
     train,
 )
 from pipelines.cli.errors import guarded
@@ -48,8 +50,10 @@ ORDER = (
     "generate",
     "evaluate",
     "attribute",
+    "memorization",
     "opt-out",
     "verify-optout",
+    "export",
     "audit",
     "experiment",
     "demo",
@@ -138,8 +142,10 @@ app.command("remove", epilog=edit.REMOVE_EXAMPLES)(edit.remove_from_folder)
 app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
 app.command("evaluate", epilog=measure.EXAMPLES)(measure.evaluate_folder)
 app.command("attribute", epilog=attribute.EXAMPLES)(attribute.attribute_request)
+app.command("memorization", epilog=memorization.EXAMPLES)(memorization.memorization)
 app.add_typer(consent.group, name="opt-out")
 app.command("verify-optout", epilog=compose.VERIFY_EXAMPLES)(compose.verify_optout_folder)
+app.command("export", epilog=export.EXPORT_EXAMPLES)(export.export_folder)
 app.add_typer(audit.group, name="audit")
 app.add_typer(experiment.group, name="experiment")
 app.command("demo", epilog=demo.EXAMPLES)(demo.demo)

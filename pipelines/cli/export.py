@@ -1,0 +1,122 @@
+"""``coterie export`` and ``import``: from a composed folder to a checkpoint of a stock class, and back.
+
+Knows how to say what will be written and what came of it; the layouts are the composer's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipelines.cli.options import JsonOption, OptOutOption, OutFolder, RegistryOption, examples, open_registry
+from pipelines.cli.output import human_bytes, note, print_fields, print_json, print_line, print_table
+from pipelines.cli.progress import byte_bar
+
+__all__ = ["export_folder"]
+
+EXPORT_EXAMPLES = examples(
+    "coterie export composed stock --to mixtral",
+    "coterie export composed stock --to flex_olmo --opt-out acme",
+    "coterie export composed stock --to qwen3_moe --densify --dry-run",
+)
+
+
+def _complete_target(incomplete: str) -> list[str]:
+    from composer.export import TARGETS
+
+    return [name for name in TARGETS if name.startswith(incomplete)]
+
+
+def export_folder(
+    context: typer.Context,
+    folder: OutFolder,
+    out: Annotated[
+        Path, typer.Argument(metavar="STOCK", help="The folder to write; must not exist.", show_default=False)
+    ],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            metavar="TARGET",
+            help="flex_olmo (OLMo-2 bases), mixtral (Llama, Mistral) or qwen3_moe (Qwen3).",
+            autocompletion=_complete_target,
+            show_default=False,
+        ),
+    ],
+    opt_out: OptOutOption = None,
+    densify: Annotated[
+        bool,
+        typer.Option(
+            "--densify",
+            help="Write low-rank experts in full, and copies of the base where a layer has no experts.",
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be written and write nothing.")
+    ] = False,
+    registry: RegistryOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a composition as a checkpoint that needs no coterie.
+
+    Only where the stock class computes the same logits; otherwise every reason is listed. Owners who have opted
+    out of the registry are left out.
+    """
+    from time import perf_counter
+
+    from composer.export.exporting import export, plan_export
+
+    store = open_registry(context, registry)
+    planned = plan_export(folder, to, opt_out=set(opt_out or ()), registry=store, densify=densify)
+    for owner in sorted(set(planned.left_out) - set(opt_out or ())):
+        note(f"Note: {owner} has opted out since the build and is left out.")
+    summary = planned.to_dict()
+    if dry_run:
+        print_json(summary) if as_json else _print_export(summary)
+        return
+    started = perf_counter()
+    with byte_bar(f"Writing {out}") as report:
+        export(planned, out, progress=_adding(report, total=planned.bytes))
+    seconds = perf_counter() - started
+    if as_json:
+        print_json({**summary, "out": str(out), "seconds": round(seconds, 3)})
+        return
+    print_line(
+        f"Wrote {out}: {summary['architecture']} with {len(summary['experts'])} experts beside the base "
+        f"{summary['base']}, {human_bytes(planned.bytes)} in {seconds:.2f} s."
+    )
+
+
+def _adding(report: Callable[[int, int], None], *, total: int) -> Callable[[str, int], None]:
+    """Return what adds up the bytes of single tensors for a bar that wants the sum."""
+    done = 0
+
+    def add(_name: str, size: int) -> None:
+        nonlocal done
+        done += size
+        report(done, total)
+
+    return add
+
+
+def _print_export(summary: dict[str, Any]) -> None:
+    print_fields(
+        {
+            "class": summary["architecture"],
+            "settings": summary["settings"],
+            "base": f"{summary['base']} (expert 0)",
+            "size": f"{human_bytes(summary['bytes'])} in {summary['tensors']} tensors of {summary['dtype']}",
+            "written in full": summary["densified"],
+            "left out": summary["left_out"],
+        }
+    )
+    print_line()
+    print_table(
+        [(row["index"], row["name"], row["owner"]) for row in summary["experts"]],
+        columns=("INDEX", "EXPERT", "OWNER"),
+        empty="No expert.",
+        right=("INDEX",),
+    )
