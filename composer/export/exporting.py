@@ -22,7 +22,7 @@ from composer.export.tensors import FLOATS, Entry
 from composer.loading import left_out
 from composer.lock import Lock
 from composer.members import BASE_FOLDER, Members
-from experts.errors import BuildError
+from experts.errors import BuildError, OptOutError
 
 if TYPE_CHECKING:
     from composer.export.target import StockTarget
@@ -103,6 +103,7 @@ def plan_export(
 
     Raises:
         BuildError: There is no exact form; every reason is listed.
+        OptOutError: An expert that stays was made from one that is left out.
         UnknownNameError: The target, or an owner, is unknown.
     """
     stock: StockTarget = TARGETS.load(to)()
@@ -114,6 +115,7 @@ def plan_export(
         raise BuildError(
             f"Nobody is left in {path} to export. Use the base '{lock.base.name}' itself, in {path / BASE_FOLDER}."
         )
+    _check_lineage(members)
     rows = read_rows(members)
     verdict = judge(to, stock, members, rows, densify=densify)
     if verdict.problems:
@@ -136,6 +138,20 @@ def plan_export(
         densified=verdict.densified,
         left_out=tuple(sorted(without)),
     )
+
+
+def _check_lineage(members: Members) -> None:
+    kept = members.lock.lineage  # without the files that were computed from a left-out owner's
+    mixed = [
+        member.locked.name
+        for member in members.experts
+        if any(f"{member.locked.folder}/{entry.path}" not in kept for entry in member.locked.files)
+    ]
+    if mixed:
+        raise OptOutError(
+            f"{', '.join(mixed)} was made from experts of an owner who is left out, so the checkpoint would not be "
+            "without them. Leave it out too, or compose anew from what it was made of."
+        )
 
 
 def _dtype(members: Members) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -208,3 +209,23 @@ def test_file_that_changed_since_the_build_is_refused(
     assert message(plan_export, folder, "mixtral") == (
         f"The files in {folder / 'base'} are not the anchor's. Build the folder again."
     )
+
+
+def test_expert_that_was_made_from_a_left_out_one_is_refused(
+    stock: Any, pico: Any, message: Callable[..., str]
+) -> None:
+    import shutil
+
+    from composer.export.exporting import plan_export
+
+    folder = pico.scratch("mixed")
+    shutil.copytree(stock.composed("llama"), folder)
+    lock = json.loads((folder / "composition.json").read_text())
+    zoe = next(e["digest"] for e in lock["experts"] if e["owner"] == "zoe")
+    lock["lineage"] = {p: ["bob", "zoe"] if zoe in p else who for p, who in lock["lineage"].items()}
+    (folder / "composition.json").write_text(json.dumps(lock))
+    assert message(plan_export, folder, "mixtral", opt_out={"bob"}) == (
+        "zoe/full was made from experts of an owner who is left out, so the checkpoint would not be without them. "
+        "Leave it out too, or compose anew from what it was made of."
+    )
+    assert plan_export(folder, "mixtral", opt_out={"bob", "zoe"}).left_out == ("bob", "zoe")
