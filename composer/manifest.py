@@ -46,8 +46,9 @@ class RouterSpec(_Strict):
     scorer: str = "lda"
     """``lda`` and ``ridge``: solved from the owners' additive statistics, no training; ``learned``: the owners'
     trained rows."""
-    context: Literal["running_mean", "token"] = "running_mean"
-    """What is scored: the mean of all states up to the token, or the token's state alone."""
+    context: Literal["prompt_mean", "running_mean", "token"] = "running_mean"
+    """What is scored: the mean of all states up to the token, that mean up to the prompt's end (which lets the prompt
+    decide about all that is generated), or the token's state alone."""
     selector: str = "topk"
     """How logits become choices. ``topk``: the ``top_k`` most probable experts; ``topp``: as few of them as hold
     ``top_p`` of the probability."""

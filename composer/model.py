@@ -173,6 +173,7 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         opt_out: OptOut | None = None,
         allowed: torch.Tensor | None = None,
         token_mask: torch.Tensor | None = None,
+        prompt_length: int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Run the model.
@@ -189,6 +190,8 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             opt_out: Owners to leave out: a set for the whole batch or one set per row.
             allowed: bool ``(batch, num_experts + 1)``, the same as a mask of expert ids (what ``generate`` passes).
             token_mask: ``(batch, past + positions)``, 0 on padding, where ``attention_mask`` has another form.
+            prompt_length: How many leading positions, padding counted, are the prompt (what ``generate`` passes);
+                None: all. Only a ``prompt_mean`` context asks.
             kwargs: Passed to the base model.
 
         Returns:
@@ -197,11 +200,14 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         Raises:
             OptOutError: The cache was filled under other allowed sets, or ``opt_out`` does not fit the batch.
             UnknownNameError: ``opt_out`` names an owner who is not in this composition.
+            ValueError: The cache holds positions that were routed by another prompt.
         """
         tokens = input_ids if input_ids is not None else inputs_embeds
         assert tokens is not None, "forward needs input_ids or inputs_embeds"
         mask, groups = self._request(opt_out, allowed, tokens)
         state = self._state(past_key_values, mask)
+        if prompt_length is not None:
+            state.end_prompt_at(prompt_length)
         routing = ForwardPass(
             groups=groups,
             token_mask=_token_mask(attention_mask, token_mask, length=tokens.shape[1]),
@@ -247,6 +253,8 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         batch = 1 if given is None else given.shape[0]
         # a tensor, so that beams and return sequences expand it together with the rows
         kwargs["allowed"] = self._allowed(opt_out, kwargs.get("allowed"), batch=batch)
+        if given is not None:
+            kwargs.setdefault("prompt_length", given.shape[1])
         return super().generate(inputs, *args, **kwargs)
 
     # generate() reads the signature to learn that embeddings can be given instead of ids

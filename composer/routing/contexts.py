@@ -1,4 +1,4 @@
-"""Which positions a scorer looks at: the token alone, or the running mean of everything up to it.
+"""Which positions a scorer looks at: the token alone, or the running mean up to it or up to the prompt's end.
 
 A context is causal: position ``t`` sees positions ``<= t``. It turns per-token features into the features that
 are scored, together with the number of positions behind each of them.
@@ -12,10 +12,10 @@ import torch
 
 from composer.routing.state import RouterState
 
-__all__ = ["CONTEXTS", "ContextName", "running_mean", "token"]
+__all__ = ["CONTEXTS", "ContextName", "prompt_mean", "running_mean", "token"]
 
-ContextName = Literal["running_mean", "token"]
-CONTEXTS: tuple[ContextName, ...] = ("running_mean", "token")
+ContextName = Literal["prompt_mean", "running_mean", "token"]
+CONTEXTS: tuple[ContextName, ...] = ("prompt_mean", "running_mean", "token")
 
 
 def token(features: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, None]:
@@ -71,3 +71,41 @@ def running_mean(
         state.seen[layer] = seen[:, -1].detach()
     counts = (seen - 1.0).clamp(min=1.0)
     return torch.where(later.unsqueeze(-1), sums / counts.unsqueeze(-1), values), counts
+
+
+def prompt_mean(
+    features: torch.Tensor,
+    *,
+    layer: int,
+    token_mask: torch.Tensor | None,
+    state: RouterState | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Let the prompt decide about everything after it: the running mean stops at the prompt's last position.
+
+    Inside the prompt it is the running mean itself, so that no position looks ahead. Where the prompt ends is not in
+    the text: ``state.prompt_length`` says it, and nothing said means that all of it is prompt. A row's first two
+    tokens always count, since the first one alone says nothing (see `running_mean`).
+
+    Args:
+        features: ``(batch, positions, d)``; summed in float32.
+        layer: Key of the sums inside ``state``.
+        token_mask: bool ``(batch, positions)`` or None.
+        state: Continues from, and is advanced by, this call; None starts from nothing.
+
+    Returns:
+        Means, float32 ``(batch, positions, d)``, and counts, float32 ``(batch, positions)`` (at least 1).
+    """
+    if state is None:
+        return running_mean(features, layer=layer, token_mask=token_mask, state=None)
+    batch, length = features.shape[:2]
+    start = state.columns.get(layer, 0)
+    state.columns[layer] = start + length
+    end = state.prompt_length
+    if end is None or start + length <= end:
+        return running_mean(features, layer=layer, token_mask=token_mask, state=state)
+    real = features.new_ones((batch, length), dtype=torch.bool) if token_mask is None else token_mask
+    rank = real.cumsum(dim=1, dtype=torch.float32)
+    if layer in state.seen:
+        rank = rank + state.seen[layer].unsqueeze(1)  # counts past 2 stand still, and never come back to it
+    inside = torch.arange(start, start + length, device=features.device) < end
+    return running_mean(features, layer=layer, token_mask=real & (inside | (rank <= 2.0)), state=state)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from composer.routing.contexts import ContextName, running_mean, token
+from composer.routing.contexts import ContextName, prompt_mean, running_mean, token
 from composer.routing.recent import Recent
 from composer.routing.scorers.base import Scorer
 from composer.routing.selectors.base import Selector
@@ -29,7 +29,7 @@ class Router(nn.Module):
     Args:
         scorer: Features to logits.
         selector: Logits to choices.
-        context: ``"token"`` or ``"running_mean"``.
+        context: ``"token"``, ``"running_mean"`` or ``"prompt_mean"``.
         num_experts: Experts beside the anchor.
         present: Ids that can be routed to here, or None for all of them.
     """
@@ -93,7 +93,8 @@ class Router(nn.Module):
         features = self.scorer.features(context.hidden_states)
         if self.context == "token":
             return token(features)
-        return running_mean(features, layer=context.layer, token_mask=context.token_mask, state=context.state)
+        mean = running_mean if self.context == "running_mean" else prompt_mean
+        return mean(features, layer=context.layer, token_mask=context.token_mask, state=context.state)
 
     def _score_together(
         self, features: torch.Tensor, counts: torch.Tensor | None, groups: Groups

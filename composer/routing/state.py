@@ -29,6 +29,8 @@ class RouterState:
         self.allowed = allowed
         self.sums: dict[int, torch.Tensor] = {}  # layer -> float32 (batch, d)
         self.seen: dict[int, torch.Tensor] = {}  # layer -> float32 (batch,), tokens so far
+        self.columns: dict[int, int] = {}  # layer -> positions so far, padding and all; for prompt_mean
+        self.prompt_length: int | None = None
 
     def check(self, *, composition: str, allowed: torch.Tensor) -> None:
         """Raise `OptOutError` unless the cache was filled by this composition under the same allowed sets."""
@@ -44,10 +46,31 @@ class RouterState:
                 f"{_describe(allowed)}). Start again with an empty cache."
             )
 
+    def end_prompt_at(self, length: int) -> None:
+        """Say how many leading positions, padding and all, are the prompt.
+
+        Raises:
+            ValueError: No position is, or positions after the prompt were decided under another length.
+        """
+        if length == self.prompt_length:
+            return
+        if length < 1:
+            raise ValueError(f"prompt_length must be at least 1, got {length}.")
+        done = max(self.columns.values(), default=0)
+        before = done if self.prompt_length is None else min(self.prompt_length, done)
+        if min(length, done) != before:
+            raise ValueError(
+                f"This cache holds {done} positions that were routed by a prompt of {before}; they cannot be continued "
+                f"as a prompt of {length}. Start again with an empty cache, or compose with `context: running_mean`."
+            )
+        self.prompt_length = length
+
     def clear(self) -> None:
         """Forget every position."""
         self.sums.clear()
         self.seen.clear()
+        self.columns.clear()
+        self.prompt_length = None
 
     def map(self, index: torch.Tensor) -> None:
         """Replace the batch rows by ``rows[index]`` (int64)."""

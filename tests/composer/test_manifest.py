@@ -63,7 +63,7 @@ router: {scorer_: lda, top_k: 0, context: sentence}
         "part 1 to 64 lower-case letters, digits, '_', '.' or '-', starting with a letter or digit.\n"
         "  - experts.1: 'acme/contracts@first' is not an expert reference: write owner/expert, owner/expert@3 or "
         "owner/expert@sha256:<64 hexadecimal digits>.\n"
-        "  - router.context: input should be 'running_mean' or 'token', given 'sentence'\n"
+        "  - router.context: input should be 'prompt_mean', 'running_mean' or 'token', given 'sentence'\n"
         "  - router.top_k: input should be greater than or equal to 1, given 0\n"
         "  - router.scorer_: unknown key; did you mean 'scorer'? Allowed: context, layer, normalize, options, "
         "scorer, selector, selector_options, top_k\n"

@@ -32,7 +32,8 @@ def test_u9_greedy_decoding(pico: Any, model: Any, ids: torch.Tensor) -> None:
     cached_logits, plain_logits = torch.stack(cached.logits), torch.stack(plain.logits)
     torch.testing.assert_close(cached_logits, plain_logits, rtol=0, atol=TOLERANCE)
     with torch.inference_mode():
-        whole = model(cached.sequences[:, :-1], opt_out=opt_out).logits[:, -NEW:]
+        sequences = cached.sequences[:, :-1]
+        whole = model(sequences, opt_out=opt_out, prompt_length=ids.shape[1]).logits[:, -NEW:]
     torch.testing.assert_close(cached_logits, whole.transpose(0, 1), rtol=0, atol=TOLERANCE)
 
 
