@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
 from experts.admission import check_expert
 from experts.base import BaseDescription
@@ -84,6 +85,7 @@ def pack(
     description: str = "",
     terms: Terms | None = None,
     derived_from: tuple[str, ...] = (),
+    optout_class: Literal["exact", "recompose", "retrain"] = "exact",
     kind: str | None = None,
 ) -> ExpertCard:
     """Make a publishable expert out of a PEFT adapter folder or a folder of kind ``ffn``.
@@ -105,6 +107,7 @@ def pack(
         description: Free text.
         terms: What the owner allows beyond the licence.
         derived_from: Digests of the cards this expert was made from.
+        optout_class: What opting out of it can mean; that of what it was made from.
         kind: The kind of expert; None: told from the files.
 
     Raises:
@@ -140,6 +143,7 @@ def pack(
             metrics=dict(metrics or {}),
             terms=terms or Terms(),
             derived_from=derived_from,
+            optout_class=optout_class,
             description=description,
         )
         write_atomic(partial / CARD_FILE, card.to_bytes())
