@@ -16,10 +16,11 @@ from experts.plugins import PluginTable
 
 if TYPE_CHECKING:
     from pipelines.baselines.arm import Arm, score
+    from pipelines.baselines.comparison import compare
     from pipelines.baselines.context import BaselineContext
     from pipelines.baselines.dense import write_dense
 
-__all__ = ["BASELINES", "Arm", "BaselineContext", "make_baseline", "score", "write_dense"]
+__all__ = ["BASELINES", "Arm", "BaselineContext", "compare", "make_baseline", "score", "write_dense"]
 
 BASELINES = PluginTable(
     "baseline",
@@ -40,6 +41,7 @@ BASELINES = PluginTable(
 _HOME = {
     "Arm": "pipelines.baselines.arm",
     "BaselineContext": "pipelines.baselines.context",
+    "compare": "pipelines.baselines.comparison",
     "score": "pipelines.baselines.arm",
     "write_dense": "pipelines.baselines.dense",
 }

@@ -64,7 +64,14 @@ class BaselineContext:
     """Anchors once they are loaded, which are nobody's; shared with the contexts that `without` returns."""
 
     @classmethod
-    def from_composed(cls, folder: Path | str, *, opt_out: Collection[str] = (), **settings: Any) -> Self:
+    def from_composed(
+        cls,
+        folder: Path | str,
+        *,
+        opt_out: Collection[str] = (),
+        registry: Source | None = None,
+        **settings: Any,
+    ) -> Self:
         """Take anchor and experts from a composed folder.
 
         A domain with several experts is named after each of them instead.
@@ -72,6 +79,7 @@ class BaselineContext:
         Args:
             folder: What `composer.build` wrote.
             opt_out: Owners who are not listed.
+            registry: Its consent ledger is read, and owners who have opted out since the build are not listed.
             settings: ``dtype``, ``device``, ``scratch``, ``state_bytes``.
 
         Raises:
@@ -83,6 +91,8 @@ class BaselineContext:
 
         source = FolderSource(Path(folder))
         left_out = check_owners(opt_out, source.lock.owners)
+        if registry is not None:
+            left_out |= {entry.owner for entry in registry.opt_outs()}
         locked = [expert for expert in source.lock.experts if expert.owner not in left_out]
         domains = [expert.domain for expert in locked]
         experts = {

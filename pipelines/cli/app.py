@@ -18,6 +18,7 @@ from pipelines.cli import (
     audit,
     base,
     catalog,
+    compare,
     compose,
     consent,
     demo,
@@ -49,6 +50,7 @@ ORDER = (
     "remove",
     "generate",
     "evaluate",
+    "compare",
     "attribute",
     "memorization",
     "opt-out",
@@ -141,6 +143,7 @@ app.command("add", epilog=edit.ADD_EXAMPLES)(edit.add_to_folder)
 app.command("remove", epilog=edit.REMOVE_EXAMPLES)(edit.remove_from_folder)
 app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
 app.command("evaluate", epilog=measure.EXAMPLES)(measure.evaluate_folder)
+app.command("compare", epilog=compare.EXAMPLES)(compare.compare_folder)
 app.command("attribute", epilog=attribute.EXAMPLES)(attribute.attribute_request)
 app.command("memorization", epilog=memorization.EXAMPLES)(memorization.memorization)
 app.add_typer(consent.group, name="opt-out")

@@ -43,6 +43,8 @@ LIGHT = [
     "composer.planning",
     "composer.building",
     "pipelines",
+    "pipelines.baselines",
+    "pipelines.baselines.context",
     "pipelines.train",
     "pipelines.train.job",
     "pipelines.cli.main",

@@ -1,0 +1,166 @@
+"""``coterie compare``: a composed folder beside the baselines made of the same experts, on the same text.
+
+Knows how to name texts and print numbers; the baselines are in ``pipelines.baselines``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipelines.cli.loading import DeviceOption, OptionError, open_folder, quiet_transformers
+from pipelines.cli.options import JsonOption, OptOutOption, OutFolder, RegistryOption, examples, open_registry
+from pipelines.cli.output import print_json, print_table
+from pipelines.cli.progress import count_bar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipelines.evaluate import Evaluation
+
+__all__ = ["EXAMPLES", "compare_folder"]
+
+EXAMPLES = examples(
+    "coterie compare composed --data law=law.jsonl --data code=code.jsonl",
+    "coterie compare composed --data law=law.jsonl --baseline soup --baseline btm --opt-out acme",
+    "coterie compare composed --data law=law.jsonl --baseline weighted_soup --public news.txt --json",
+)
+
+_PUBLIC = ""
+"""Stands for the public text among the domains, none of which can be called so."""
+_PUBLIC_WINDOWS = 32
+"""Windows of public text behind the weights of the weighted soup."""
+
+
+def compare_folder(
+    context: typer.Context,
+    out: OutFolder,
+    data: Annotated[
+        list[str],
+        typer.Option(
+            "--data",
+            metavar="DOMAIN=FILE",
+            help="Held-out text of a domain: .jsonl with a text field a line, or .txt; may be given several times.",
+            show_default=False,
+        ),
+    ],
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--baseline",
+            metavar="NAME",
+            help="Only this one: anchor, single, soup, weighted_soup, ties, dare_ties, btm, prompt_router, oracle, "
+            "or one that a plug-in adds; may be given several times.",
+            show_default=False,
+        ),
+    ] = None,
+    public: Annotated[
+        Path | None,
+        typer.Option(
+            "--public",
+            metavar="FILE",
+            help="Text that is nobody's, from which weighted_soup takes its weights.",
+            show_default=False,
+        ),
+    ] = None,
+    opt_out: OptOutOption = None,
+    sequence_length: Annotated[
+        int, typer.Option("--sequence-length", min=2, help="Tokens in a window.")
+    ] = 128,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=0, help="At most about this many tokens of a domain; 0: all.")
+    ] = 4096,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Windows run at once.")] = 4,
+    device: DeviceOption = "auto",
+    registry: RegistryOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a composed model beside its baselines.
+
+    These are other ways to use the same experts, none of which trains anything: the anchor and each expert alone
+    (single); their weights averaged (soup, weighted_soup) or merged by TIES and DARE; their predictions mixed by how
+    well each predicted so far (btm); one expert a window, chosen from its beginning (prompt_router) or known to be
+    the domain's (oracle, which looks at the name given to --data). Losses are in nats per token. Owners who are left
+    out of the model are left out of every baseline.
+    """
+    files = _files(data)
+
+    from pipelines.baselines import BASELINES
+
+    for name in baseline or ():
+        BASELINES[name]  # a typing mistake is reported before anything is loaded
+    if baseline and "weighted_soup" in baseline and public is None:
+        raise OptionError(
+            "--baseline weighted_soup takes its weights from public text: give it with --public."
+        )
+
+    from pipelines.baselines import BaselineContext, compare
+    from pipelines.evaluate import measure, prepare, read_domains
+
+    texts = read_domains({**files, **({_PUBLIC: public} if public else {})})
+    store = open_registry(context, registry)
+    with count_bar("Comparing", unit="tokens") as progress:
+        with open_folder(out, opt_out=opt_out or (), registry=store, device=device) as (model, tokenizer):
+            weighed = texts.pop(_PUBLIC, None)
+            windows = prepare(
+                texts, tokenizer, sequence_length=sequence_length, max_tokens=max_tokens or None
+            )
+            ids = _public_ids(weighed, tokenizer, sequence_length) if weighed else None
+            arms = {"composed": measure(model, windows, batch_size=batch_size)}
+            settings = {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
+        del model  # the baselines have an anchor of their own
+        with quiet_transformers():
+            given = BaselineContext.from_composed(out, opt_out=opt_out or (), registry=store, **settings)
+            arms |= compare(
+                given,
+                windows,
+                baselines=baseline or (),
+                public=ids,
+                batch_size=batch_size,
+                progress=progress,
+            )
+    if as_json:
+        print_json({arm: result.to_dict() for arm, result in arms.items()})
+    else:
+        _print(arms, files)
+
+
+def _public_ids(documents: Sequence[str], tokenizer: Any, sequence_length: int) -> Tensor:
+    from pipelines.evaluate import prepare
+
+    limit = _PUBLIC_WINDOWS * sequence_length
+    cut = prepare({_PUBLIC: documents}, tokenizer, sequence_length=sequence_length, max_tokens=limit)
+    return cut[_PUBLIC].ids
+
+
+def _files(data: Sequence[str]) -> dict[str, Path]:
+    """Split ``DOMAIN=FILE`` and refuse a domain that is named twice."""
+    files: dict[str, Path] = {}
+    for given in data:
+        domain, _, file = given.partition("=")
+        if not (domain and file):
+            raise OptionError(f"--data '{given}' is not of the form DOMAIN=FILE, for instance law=law.jsonl.")
+        if domain in files:
+            raise OptionError(f"--data names the domain '{domain}' twice. Put its text into one file.")
+        files[domain] = Path(file)
+    return files
+
+
+def _print(arms: Mapping[str, Evaluation], domains: Mapping[str, Path]) -> None:
+    headings = [*(domain.upper() for domain in domains), "MEAN"]
+    print_table(
+        [
+            (
+                arm,
+                *(f"{result.domains[domain].nll:.3f}" for domain in domains),
+                f"{result.mean_nll:.3f}",
+            )
+            for arm, result in arms.items()
+        ],
+        columns=("NLL", *headings),
+        empty="No arm.",
+        right=headings,
+    )
