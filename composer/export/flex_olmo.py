@@ -36,3 +36,17 @@ class FlexOlmoTarget(StockTarget):
             "num_experts_per_tok": top_k,
             "norm_topk_prob": normalize,
         }
+
+    def dense_config(self, stock: Any) -> Any:
+        """Return the configuration of the OLMo-2 model that expert 0 and the trunk are.
+
+        Args:
+            stock: A FlexOlmo configuration, as transformers reads it.
+        """
+        import dataclasses
+
+        from transformers import Olmo2Config
+
+        shared = {field.name for field in dataclasses.fields(Olmo2Config)} - {"architectures"}
+        given = {name: value for name, value in stock.to_dict().items() if name in shared}
+        return Olmo2Config(**given, architectures=["Olmo2ForCausalLM"])

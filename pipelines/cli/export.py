@@ -15,12 +15,16 @@ from pipelines.cli.options import JsonOption, OptOutOption, OutFolder, RegistryO
 from pipelines.cli.output import human_bytes, note, print_fields, print_json, print_line, print_table
 from pipelines.cli.progress import byte_bar
 
-__all__ = ["export_folder"]
+__all__ = ["export_folder", "import_folder"]
 
 EXPORT_EXAMPLES = examples(
     "coterie export composed stock --to mixtral",
     "coterie export composed stock --to flex_olmo --opt-out acme",
     "coterie export composed stock --to qwen3_moe --densify --dry-run",
+)
+IMPORT_EXAMPLES = examples(
+    "coterie import FlexOlmo-7x7B-1T owners.yaml --out imported",
+    "coterie import FlexOlmo-7x7B-1T owners.yaml --out imported --json",
 )
 
 
@@ -60,10 +64,10 @@ def export_folder(
     registry: RegistryOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a composition as a checkpoint that needs no coterie.
+    """Write a composition as a stock checkpoint.
 
-    Only where the stock class computes the same logits; otherwise every reason is listed. Owners who have opted
-    out of the registry are left out.
+    It needs no coterie to be loaded. Written only where the stock class computes the same logits; otherwise every
+    reason is listed. Owners who have opted out of the registry are left out.
     """
     from time import perf_counter
 
@@ -120,3 +124,49 @@ def _print_export(summary: dict[str, Any]) -> None:
         empty="No expert.",
         right=("INDEX",),
     )
+
+
+def import_folder(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(metavar="CHECKPOINT", help="A FlexOlmo checkpoint's folder.", show_default=False),
+    ],
+    owners: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OWNERS",
+            help="YAML with base: NAME and experts: a list of name, domain and license, in the checkpoint's order.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", metavar="DIR", help="The folder to write; must not exist.", show_default=False),
+    ],
+    as_json: JsonOption = False,
+) -> None:
+    """Take a FlexOlmo checkpoint apart into experts.
+
+    Expert 0 and everything shared become a base, the other experts' FFNs and router rows packages of their owners,
+    and a manifest puts them together again.
+    """
+    from composer.export.importing import import_checkpoint
+    from composer.export.owners import OwnersFile
+
+    named = OwnersFile.from_file(owners)
+    size = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    with byte_bar(f"Importing {checkpoint}") as report:
+        done = import_checkpoint(checkpoint, named, out, progress=_adding(report, total=size))
+    if not done.in_canonical_order:
+        note(
+            "Note: compositions sort experts by name, so an export will not have them in this checkpoint's order."
+        )
+    if as_json:
+        print_json({"out": str(done.out), "base": done.base, "experts": list(done.experts)})
+        return
+    print_line(f"Wrote {out}: the base {done.base} and {len(done.experts)} experts. To compose them:")
+    print_line(f"  coterie base add {out / 'base'} --name {done.base}")
+    print_line(f"  coterie base public-routing {done.base} --from {out / 'public-routing'}")
+    for folder in done.folders:
+        print_line(f"  coterie register {folder}")
+    print_line(f"  coterie build {out / 'manifest.yaml'} composed")

@@ -65,3 +65,50 @@ def test_existing_folder_is_refused(run: Any, full: Path, tmp_path: Path) -> Non
         2,
         f"Error: The output folder {tmp_path} exists. Choose another name, or remove it first.\n",
     )
+
+
+def test_import_prints_what_to_do_and_it_works(run: Any, tmp_path: Path) -> None:
+    """Out of the stock checkpoint, into a registry, and composed again, by the commands that are printed."""
+    folder = flex(tmp_path / "flex")
+    result = run("import", folder, tmp_path / "owners.yaml", "--out", tmp_path / "in")
+    assert (result.code, result.err) == (
+        2,
+        f"Error: There is no owners file at {tmp_path / 'owners.yaml'}.\n",
+    )
+    (tmp_path / "owners.yaml").write_text(
+        "base: anchor\nexperts:\n- {name: zoe/ffn, domain: law, license: MIT}\n"
+        "- {name: bob/ffn, domain: code, license: MIT}\n"
+    )
+    result = run("import", folder, tmp_path / "owners.yaml", "--out", tmp_path / "in")
+    assert result.code == 0, result.err
+    assert result.err == (
+        "Note: compositions sort experts by name, so an export will not have them in this checkpoint's order.\n"
+    )
+    first, *commands = result.out.splitlines()
+    assert first == f"Wrote {tmp_path / 'in'}: the base anchor and 2 experts. To compose them:"
+    for command in commands:
+        words = command.replace(" composed", f" {tmp_path / 'composed'}").split()
+        assert words[0] == "coterie"
+        done = run(*words[1:], registry=tmp_path / "registry")
+        assert done.code == 0, done.err
+    out = run("export", tmp_path / "composed", tmp_path / "again", "--to", "flex_olmo")
+    assert out.code == 0, out.err
+
+
+def flex(folder: Path) -> Path:
+    """A FlexOlmo of three experts, as transformers saves it."""
+    from transformers import FlexOlmoConfig, FlexOlmoForCausalLM
+
+    config = FlexOlmoConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=97,
+        num_experts=3,
+        num_experts_per_tok=2,
+        pad_token_id=0,
+        eos_token_id=0,
+    )
+    FlexOlmoForCausalLM(config).save_pretrained(folder)
+    return folder
