@@ -11,7 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+)
 
 from experts.errors import ManifestError
 from experts.names import check_owner_name, parse_reference
@@ -43,6 +50,8 @@ class ExpertEntry(_Strict):
 class RouterSpec(_Strict):
     """How tokens find their experts: a context, a scorer and a selector."""
 
+    preset: Literal["paper"] | None = None
+    """``paper``: FlexOlmo as published. Other keys win over the preset; the plan and the lock hold it written out."""
     scorer: str = "lda"
     """``lda`` and ``ridge``: solved from the owners' additive statistics, no training; ``learned``: the owners'
     trained rows."""
@@ -62,6 +71,14 @@ class RouterSpec(_Strict):
     """Settings of the scorer, for instance ``{shrinkage: 0.1}``."""
     selector_options: dict[str, float | int | str | bool | None] = {}
     """Settings of the selector, for instance ``{top_p: 0.8}``."""
+
+    @model_serializer(mode="wrap")
+    def _beside_the_preset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave unwritten keys out beside a preset: read back, they would be taken for the builder's wish."""
+        data: dict[str, Any] = handler(self)
+        if self.preset is None:
+            return data
+        return {key: value for key, value in data.items() if key in self.model_fields_set}
 
 
 class Manifest(_Strict):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from composer.lock import OptOutClass
 from composer.manifest import Manifest
+from composer.presets import expand_preset
 from composer.recipes import RECIPES
 from composer.recipes.base import Candidate, Recipe
 from experts.base import BaseDescription
@@ -61,7 +62,7 @@ class Plan:
     """What `composer.building.build` will write.
 
     Attributes:
-        manifest: The builder's wish.
+        manifest: The builder's wish, its preset written out.
         base: The anchor.
         experts: In canonical order, which is by name.
         left_out: Experts that the manifest's ``opt_out`` removed.
@@ -125,6 +126,7 @@ def plan(manifest: Manifest, registry: Source) -> Plan:
     """
     recipe: Recipe = RECIPES.load(manifest.recipe)()
     base = registry.base(manifest.base)
+    manifest = expand_preset(manifest, base.description)
     wanted, left_out = _resolve(manifest, registry)
     _check_consent(wanted, registry)
     experts = tuple(sorted(wanted, key=lambda expert: expert.card.name))
