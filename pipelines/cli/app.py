@@ -25,6 +25,7 @@ from pipelines.cli import (
     edit,
     enrol,
     experiment,
+    expert,
     export,
     generate,
     measure,
@@ -40,6 +41,7 @@ __all__ = ["Application", "app", "command"]
 ORDER = (
     "base",
     "train",
+    "expert",
     "register",
     "list",
     "show",
@@ -56,6 +58,7 @@ ORDER = (
     "opt-out",
     "verify-optout",
     "export",
+    "import",
     "audit",
     "experiment",
     "demo",
@@ -133,6 +136,7 @@ def root(
 
 app.add_typer(base.group, name="base")
 app.command("train", epilog=train.EXAMPLES)(train.train)
+app.add_typer(expert.group, name="expert")
 app.command("register", epilog=enrol.EXAMPLES)(enrol.register)
 app.command("list", epilog=catalog.LIST_EXAMPLES)(catalog.list_experts)
 app.command("show", epilog=catalog.SHOW_EXAMPLES)(catalog.show)
@@ -149,6 +153,7 @@ app.command("memorization", epilog=memorization.EXAMPLES)(memorization.memorizat
 app.add_typer(consent.group, name="opt-out")
 app.command("verify-optout", epilog=compose.VERIFY_EXAMPLES)(compose.verify_optout_folder)
 app.command("export", epilog=export.EXPORT_EXAMPLES)(export.export_folder)
+app.command("import", epilog=export.IMPORT_EXAMPLES)(export.import_folder)
 app.add_typer(audit.group, name="audit")
 app.add_typer(experiment.group, name="experiment")
 app.command("demo", epilog=demo.EXAMPLES)(demo.demo)

@@ -21,7 +21,7 @@ from pipelines.cli.progress import count_bar
 if TYPE_CHECKING:
     from pipelines.evaluate import DomainScore, Evaluation
 
-__all__ = ["evaluate_folder"]
+__all__ = ["domain_files", "evaluate_folder"]
 
 EXAMPLES = examples(
     "coterie evaluate composed --data law=law.jsonl --data code=code.jsonl",
@@ -90,7 +90,7 @@ def evaluate_folder(
     """
     if leave_one_out and opt_out:
         raise OptionError("--leave-one-out leaves each owner out in turn: give it without --opt-out.")
-    files = _files(data)
+    files = domain_files(data)
     if heatmap is not None and (heatmap.suffix != ".png" or not heatmap.absolute().parent.is_dir()):
         raise OptionError(f"--heatmap {heatmap} is not a .png file in a folder that exists.")
 
@@ -142,7 +142,7 @@ def _draw(result: Evaluation, path: Path) -> None:
         beside.unlink(missing_ok=True)
 
 
-def _files(data: Sequence[str]) -> dict[str, Path]:
+def domain_files(data: Sequence[str]) -> dict[str, Path]:
     """Split ``DOMAIN=FILE`` and refuse a domain that is named twice."""
     files: dict[str, Path] = {}
     for given in data:
