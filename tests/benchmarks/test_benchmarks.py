@@ -21,6 +21,7 @@ FIGURES = {
         "time_vs_copy",
         "load_vs_stock",
     },
+    "export": {"time_vs_mergekit", "time_vs_copy", "rss_vs_mergekit"},
     "forward": {"prefill_vs_stock", "decode_vs_stock", "optout_overhead"},
 }
 RUN_KEYS = {"arm", "seconds", "cpu_seconds", "growth_mb", "peak_mb"}
