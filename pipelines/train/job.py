@@ -93,9 +93,25 @@ class CoordinationSettings(_Settings):
     """Weight of the mean squared log-partition of the language model's logits."""
 
 
+_PAPER: Mapping[str, Any] = {
+    "kind": "ffn",
+    "layers": "all",
+    "public_fraction": 0.0,
+    "weight_decay": 0.0,
+    "coordination": {"enabled": True, "router_z_loss": 1e-3, "softmax_z_loss": 1e-5},
+    "bias": {"enabled": True, "form": "clamp"},
+    "row_negatives": 0.0,
+}
+"""FlexOlmo as published (arXiv 2507.07024, section 3). Its row_init is an embedder, which lies on the owner's disk; its
+learning rate and number of steps are those of a 7B model, so they are left to the job."""
+
+
 class DomainJob(_Settings):
     """A training job. Relative paths are relative to the job file."""
 
+    preset: Literal["paper"] | None = None
+    """``paper``: trained as FlexOlmo was, full FFNs of all layers in a two-expert mixture with the anchor, negative
+    biases, no public text. ``row_init`` must then be chosen. Other fields win over the preset."""
     name: str
     """``owner/expert``, the name under which the expert will be registered."""
     owner: str = ""
@@ -175,6 +191,17 @@ class DomainJob(_Settings):
 
     @model_validator(mode="before")
     @classmethod
+    def _write_preset_out(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or data.get("preset") != "paper":
+            return data
+        named = dict(_PAPER)
+        for key in ("coordination", "bias"):
+            given = _as_switch(data.get(key, {}))
+            named[key] = {**named[key], **given} if isinstance(given, Mapping) else given
+        return {**named, **data, **{key: named[key] for key in ("coordination", "bias")}}
+
+    @model_validator(mode="before")
+    @classmethod
     def _fill_owner(cls, data: Any) -> Any:
         if isinstance(data, Mapping) and isinstance(data.get("name"), str) and not data.get("owner"):
             return {**data, "owner": data["name"].partition("/")[0]}
@@ -247,6 +274,11 @@ class DomainJob(_Settings):
             problems.append(f"public_fraction is {self.public_fraction} but no public text is given")
         if self.row_negatives > 0 and not (self.coordination.enabled and self.public_fraction > 0):
             problems.append("row_negatives needs coordination and a public_fraction above 0")
+        if self.preset == "paper" and "row_init" not in self.model_fields_set:
+            problems.append(
+                "the preset 'paper' starts rows at an embedding of the domain: give row_init the folder of a "
+                "SentenceTransformer (the paper's is GritLM-7B), or write 'anchor' or 'random' to depart from it"
+            )
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -343,6 +375,7 @@ class DomainJob(_Settings):
             "description",
             "data_statement",
             "license",
+            "preset",  # the other fields hold what it stands for
         }
         body = self.model_dump(mode="json", exclude=outside)
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
