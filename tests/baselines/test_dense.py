@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from experts.errors import BuildError, ConsentError, DataError, ManifestError, PlanError, UnknownNameError
+from experts.errors import (
+    AdmissionError,
+    BuildError,
+    ConsentError,
+    DataError,
+    ManifestError,
+    PlanError,
+    UnknownNameError,
+)
 from pipelines.baselines import BASELINES, BaselineContext, make_baseline, score, write_dense
 from pipelines.baselines.dense import open_dense
 
@@ -139,6 +149,10 @@ def test_leaving_out_is_not_listing_bit_for_bit(context, pico, name) -> None:
     left = make_baseline(name, whole.without("acme"))("bob", slice(0, 4), ids)
     never = context(experts={"zoe": "zoe/low", "bob": "bob/full"})
     assert torch.equal(left, make_baseline(name, never)("bob", slice(0, 4), ids))
+    left = make_baseline(name, whole.without("acme", "zoe"))("bob", slice(0, 4), ids)
+    never = context(experts={"bob": "bob/full"})  # whose anchor is cut one layer higher
+    assert torch.equal(left, make_baseline(name, never)("bob", slice(0, 4), ids))
+    assert (whole.anchor().first, never.anchor().first) == (1, 2)
 
 
 def test_a_left_out_experts_files_are_not_opened(pico, context) -> None:
@@ -184,6 +198,46 @@ def test_mistakes_are_named(context, pico) -> None:
     with pytest.raises(UnknownNameError) as domain:
         make_baseline("single", given, domain="bop")
     assert str(domain.value) == "Unknown domain 'bop'. Did you mean 'bob'? Known: acme, bob, zoe."
+
+
+def test_a_changed_context_gets_an_anchor_of_its_own(context, pico) -> None:
+    given = context(dtype="float32")
+    ids = pico.prompts()
+    wide = make_baseline("soup", given).logits(ids)
+    narrow = make_baseline("soup", replace(given, dtype="bfloat16")).logits(ids)
+    assert (wide.dtype, narrow.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(narrow.float(), wide, rtol=0, atol=0.1)
+
+
+def test_kinds_without_a_dense_form_are_refused(context, monkeypatch) -> None:
+    from experts.kinds.lora import LoraKind
+
+    odd = LoraKind()
+    monkeypatch.setattr(odd, "name", "odd", raising=False)
+    monkeypatch.setattr("pipelines.baselines.dense.get_kind", lambda name: odd)
+    with pytest.raises(PlanError) as error:
+        make_baseline("soup", context(experts={"acme": "acme/low"}))
+    assert str(error.value) == (
+        "acme/low@1 is of kind 'odd', which has no dense form. Dense baselines take experts of the kinds 'ffn' and "
+        "'lora'."
+    )
+
+
+def test_a_weights_file_with_other_tensors_is_refused(pico) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = pico.compose(pico.manifest("stacked", experts=["bob/full"]))
+    path = next(folder.glob("experts/*/ffn.safetensors"))
+    tensors = load_file(path)
+    tensors["stray"] = tensors.pop("model.layers.2.mlp.up_proj.weight")
+    path.unlink()
+    save_file(tensors, path)
+    with pytest.raises(AdmissionError) as error:
+        make_baseline("soup", BaselineContext.from_composed(folder))
+    assert str(error.value) == (
+        "The weights of bob/full@1 are not what its configuration says: extra ['stray'], missing "
+        "['model.layers.2.mlp.up_proj.weight']. Register it again."
+    )
 
 
 def test_experts_of_another_anchor_are_refused(context, pico) -> None:
