@@ -224,6 +224,8 @@ class World:
         Raises:
             TrainingError: A job failed.
         """
+        import torch
+
         from pipelines.train import DomainJob, train_jobs
         from pipelines.train.hub import raise_failures
 
@@ -240,6 +242,7 @@ class World:
                 out_dir=self.folder / "experts",
                 registry=self.registry,
                 runner=self.experiment.runner,
+                threads=torch.get_num_threads(),
                 progress=lambda report: self.tell(_describe(report)),
             )
             raise_failures(outcomes)
