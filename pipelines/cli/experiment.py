@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 __all__ = ["group"]
 
-group = typer.Typer(help="Run comparisons of arms over seeds.", no_args_is_help=True)
+group = typer.Typer(
+    help="Run comparisons of arms over seeds.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    epilog=examples("coterie experiment run experiments/flexolmo_tables.yaml"),
+)
 
 EXAMPLES = examples(
     "coterie experiment run experiments/flexolmo_tables.yaml --dry-run",
