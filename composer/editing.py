@@ -6,6 +6,8 @@ step. Knows manifests, locks and links; opens no tensor.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ from experts.card import CARD_FILE
 from experts.errors import BuildError, CoterieError, PlanError
 from experts.files import capped
 from experts.names import parse_reference
+from experts.strict import load_yaml
 
 __all__ = ["Change", "add_experts", "apply_change", "plan_change", "remove_experts"]
 
@@ -182,11 +185,14 @@ def apply_change(change: Change, *, copy: bool = False, progress: Progress | Non
 
 
 def _read_manifest(folder: Path, lock: Lock) -> Manifest:
-    manifest = Manifest.from_file(folder / MANIFEST_NAME)
-    if manifest.digest != lock.manifest_sha256:
+    path = folder / MANIFEST_NAME
+    manifest = Manifest.from_file(path)
+    # of the file's own keys, since a later version of the format may have more of them
+    keys = json.dumps(load_yaml(path, what=str(path)), sort_keys=True, separators=(",", ":"))
+    if hashlib.sha256(keys.encode()).hexdigest() != lock.manifest_sha256:
         raise BuildError(
-            f"{folder / MANIFEST_NAME} was changed after the build, so it does not say what the folder is. Build "
-            "a new folder from it: coterie build."
+            f"{path} was changed after the build, so it does not say what the folder is. Build a new folder from it: "
+            "coterie build."
         )
     return manifest
 

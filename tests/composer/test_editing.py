@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -14,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import composer
 import composer.editing
 import composer.swap
 from composer.building import build
 from composer.editing import add_experts, apply_change, plan_change, remove_experts
-from composer.lock import Lock
+from composer.lock import LOCK_NAME, Lock
 from composer.manifest import Manifest
 from composer.planning import plan
 from composer.swap import exchange
@@ -318,6 +320,19 @@ class TestRefused:
             "folder from it: coterie build."
         )
 
+    def test_a_manifest_of_an_older_format(self, fresh: Any) -> None:
+        """Keys that came later are not in it, nor in the digest that was taken of it."""
+        folder = fresh(*EXPERTS)
+        data = yaml.safe_load((folder / "manifest.yaml").read_text())
+        del data["description"]
+        (folder / "manifest.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
+        digest = hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        lock = Lock.read(folder).model_copy(update={"manifest_sha256": digest})
+        (folder / LOCK_NAME).write_bytes(lock.to_bytes())
+        assert Manifest.from_file(folder / "manifest.yaml").digest != digest
+        remove_experts(folder, ["acme"])
+        assert Lock.read(folder).owners == ("bob", "zoe")
+
     def test_files_of_somebody_else(self, fresh: Any) -> None:
         folder = fresh(*EXPERTS)
         (folder / "notes.txt").write_text("mine")
@@ -349,20 +364,20 @@ class TestNothingHalfway:
         assert (tree(folder), folder.stat().st_ino) == before
         assert list(folder.parent.iterdir()) == [folder]
 
-    def test_killed(self, fresh: Any) -> None:
-        """Without a chance to tidy up: the old folder stands, and the change can be made again."""
+    @pytest.mark.parametrize(("at", "left"), [("exchange", EXPERTS), ("fsync_folder", EXPERTS[1:])])
+    def test_killed(self, at: str, left: tuple[str, ...], fresh: Any) -> None:
+        """Without a chance to tidy up: the old folder or the new one stands, and can be changed again."""
         folder = fresh(*EXPERTS)
-        before = tree(folder)
         program = (
             "import os, sys, composer.editing as editing, composer.swap as swap\n"
-            "swap.exchange = lambda *_: os._exit(9)\n"
+            f"swap.{at} = lambda *_: os._exit(9)\n"
             "editing.remove_experts(sys.argv[1], ['acme'])\n"
         )
         done = subprocess.run([sys.executable, "-c", program, str(folder)], check=False)
         assert done.returncode == 9
-        assert tree(folder) == before
-        remove_experts(folder, ["acme"])
-        assert tree(folder) == tree(fresh(*EXPERTS[1:]))
+        assert tree(folder) == tree(fresh(*left))
+        remove_experts(folder, ["zoe"])
+        assert tree(folder) == tree(fresh(*left[:-1]))
 
     def test_one_process_at_a_time(self, fresh: Any) -> None:
         folder = fresh(*EXPERTS)

@@ -207,6 +207,27 @@ class TestExpert:
         assert made.card.rank == 5
         assert all(row.passed for row in verify_optout(folder, owner="acme"))
 
+    @pytest.mark.parametrize("kinds", ["low-rank alone", "with a full one"])
+    def test_the_anchor_is_multiplied_once_per_token(self, kinds: str, pico: Any) -> None:
+        """However many low-rank experts a token meets."""
+        from composer.blocks.low_rank import LowRankFFN
+
+        last = "zoe/low" if kinds == "low-rank alone" else "zoe/full"
+        model = load(pico.composed(experts=("acme/low", "bob/low", last), top_k=4))
+        seen: list[tuple[torch.nn.Module, int]] = []
+        blocks = [module for module in model.modules() if isinstance(module, LowRankFFN)]
+        for block in blocks:
+            for linear in (*block.parts.inputs.values(), block.parts.down):
+                linear.register_forward_hook(
+                    lambda module, inputs, _: seen.append((module, inputs[0].shape[0]))
+                )
+        ids = pico.prompts()
+        with torch.inference_mode():
+            model(ids)
+        assert len(blocks) == 3
+        assert len({module for module, _ in seen}) == len(seen) == 9
+        assert {tokens for _, tokens in seen} == {ids.numel()}
+
     def test_the_card(self, compress: Any, near: Any, pico: Any, tmp_path: Path) -> None:
         made = compress(rank="2")
         full = near.card("acme/near")
