@@ -58,6 +58,8 @@ class RouterSpec(_Strict):
     context: Literal["prompt_mean", "running_mean", "token"] = "running_mean"
     """What is scored: the mean of all states up to the token, that mean up to the prompt's end (which lets the prompt
     decide about all that is generated), or the token's state alone."""
+    token_weight: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the token's own state in what is scored, beside the mean of a context that has one."""
     selector: str = "topk"
     """How logits become choices. ``topk``: the ``top_k`` most probable experts; ``topp``: as few of them as hold
     ``top_p`` of the probability."""

@@ -87,6 +87,11 @@ def _router_problems(
     found += _option_problems(
         selector, router.selector, router.selector_options, what="router.selector_options"
     )
+    if router.token_weight and router.context == "token":
+        found.append(
+            f"router.token_weight is {router.token_weight:g}, but the context 'token' has no mean to blend with; "
+            "leave it out, or write `context: running_mean`"
+        )
     published = {card.name: (card.routing, card.layers) for card in experts}
     found += scorer.problems(public=public, experts=published, layer=router.layer)
     return found
@@ -149,6 +154,7 @@ class _RouterMaker:
             scorer=self.scorer_class.make(inputs, self.options),
             selector=selector(top_k=self.spec.top_k, normalize=self.spec.normalize, **wanted),
             context=self.spec.context,
+            token_weight=self.spec.token_weight,
             num_experts=len(self.artifacts),
             present=None if len(present) == len(self.artifacts) else present,
         )

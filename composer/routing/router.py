@@ -30,6 +30,8 @@ class Router(nn.Module):
         scorer: Features to logits.
         selector: Logits to choices.
         context: ``"token"``, ``"running_mean"`` or ``"prompt_mean"``.
+        token_weight: Share ``l`` of the token's own features beside the context's mean: ``(1 - l) mean + l token``
+            is scored, which for linear scores is MetaMoE's context router (arXiv 2605.14289) made causal.
         num_experts: Experts beside the anchor.
         present: Ids that can be routed to here, or None for all of them.
     """
@@ -42,6 +44,7 @@ class Router(nn.Module):
         context: ContextName,
         num_experts: int,
         present: Collection[int] | None = None,
+        token_weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.present = None if present is None else frozenset((ANCHOR, *present))
@@ -49,6 +52,7 @@ class Router(nn.Module):
         self.selector = selector
         self.adaptive = selector.adaptive
         self.context = context
+        self.token_weight = token_weight
         self.num_experts = num_experts
         self._id_tables: Recent[torch.Tensor] = Recent()
 
@@ -94,7 +98,12 @@ class Router(nn.Module):
         if self.context == "token":
             return token(features)
         mean = running_mean if self.context == "running_mean" else prompt_mean
-        return mean(features, layer=context.layer, token_mask=context.token_mask, state=context.state)
+        means, counts = mean(
+            features, layer=context.layer, token_mask=context.token_mask, state=context.state
+        )
+        if self.token_weight:
+            means = torch.lerp(means, features.float(), self.token_weight)
+        return means, counts
 
     def _score_together(
         self, features: torch.Tensor, counts: torch.Tensor | None, groups: Groups

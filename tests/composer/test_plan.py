@@ -125,6 +125,15 @@ def test_router_options(pico: Any, manifest: Callable[..., Any]) -> None:
     )
 
 
+def test_a_token_blended_with_itself(pico: Any, manifest: Callable[..., Any]) -> None:
+    assert _refused(manifest(context="token", token_weight=0.5), pico.library()) == (
+        f"{CANNOT}  - router.token_weight is 0.5, but the context 'token' has no mean to blend with; leave it out, or "
+        "write `context: running_mean`"
+    )
+    built = pico.loaded(token_weight=0.5)
+    assert built.gate.token_weight == 0.5
+
+
 def test_another_anchor_with_equal_shapes(pico: Any, manifest: Callable[..., Any]) -> None:
     registry = pico.fresh_library()
     registry.add_base(pico.base(seed=1), name="twin")

@@ -21,6 +21,7 @@ PAPER = {
     "layer": None,
     "options": {"bias": True},
     "selector_options": {},
+    "token_weight": 0.0,
     "preset": None,
 }
 

@@ -128,3 +128,19 @@ def test_groups_partition_the_batch() -> None:
         ((0,), [3]),
     ]
     assert [(g.experts, g.rows) for g in group_rows(_allowed([(4,), (4,)]))] == [((0, 4), None)]
+
+
+@pytest.mark.parametrize("weight", [0.25, 0.9])
+def test_a_blend_scores_between_the_mean_and_the_token(weight: float) -> None:
+    x, allowed = _states(), _allowed([(1, 2, 5)] * 4)
+    routers = [
+        _router(range(N + 1), context=context) for context in ("running_mean", "token", "running_mean")
+    ]
+    routers[2].token_weight = weight
+    mean, token, blend = (_route(router, x, allowed, trace=True).logits for router in routers)
+    assert mean is not None
+    assert token is not None
+    assert blend is not None
+    asked = mean.isfinite()
+    torch.testing.assert_close(blend[asked], ((1 - weight) * mean + weight * token)[asked])
+    assert (mean - token)[asked].abs().max() > 0.5

@@ -75,7 +75,7 @@ SCORERS = {
     "ridge": Row(poison=_poison_statistics),
 }
 SELECTORS = {"topk": Row(), "topp": Row(router={"top_k": 3}, same_shapes=False)}
-CONTEXTS = {"prompt_mean": Row(), "running_mean": Row(), "token": Row()}
+CONTEXTS = {"prompt_mean": Row(router={"token_weight": 0.25}), "running_mean": Row(), "token": Row()}
 BLOCKS = {
     "low_rank": Row(poison=_poison_low_rank),
     "stacked": Row(poison=_poison_stacked),
