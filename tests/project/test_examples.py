@@ -15,7 +15,7 @@ JOBS = sorted(path.name for path in (ROOT / "examples" / "jobs").glob("*.yaml"))
 
 
 def test_there_are_examples() -> None:
-    assert (len(MANIFESTS), len(JOBS)) == (3, 3)
+    assert (len(MANIFESTS), len(JOBS)) == (5, 3)
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
