@@ -6,6 +6,7 @@ The order of experts is all that a stock checkpoint knows of them, so the names 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -31,8 +32,8 @@ def write_owners(path: Path, members: Members) -> None:
     path.write_text(yaml.safe_dump(data, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def write_card(path: Path, members: Members, stock: StockTarget, *, densified: tuple[str, ...]) -> None:
-    """Write ``README.md``."""
+def write_card(path: Path, members: Members, stock: StockTarget, *, changes: Sequence[str]) -> None:
+    """Write ``README.md``; ``changes`` says in what the checkpoint differs from the composition."""
     lock = members.lock
     rows = "\n".join(
         f"| {m.id} | {m.locked.name} | {m.locked.version} | {m.locked.owner} | {m.locked.domain} "
@@ -40,7 +41,7 @@ def write_card(path: Path, members: Members, stock: StockTarget, *, densified: t
         for m in members.experts
     )
     licenses = ", ".join(sorted({member.locked.license for member in members.experts}))
-    changed = "".join(f"\n- {text}: written in full" for text in densified)
+    changed = "".join(f"\n- {text}" for text in changes) + ("\n" if changes else "")
     path.write_text(
         f"""---
 base_model: {json.dumps(lock.base.name)}
@@ -49,8 +50,9 @@ tags: [coterie, mixture-of-experts]
 
 # {lock.name} as {stock.title}
 
-`{stock.architecture}` with the logits of the composition '{lock.name}', up to rounding. In every layer that has
-experts, expert 0 is the public base '{lock.base.name}' (fingerprint `{lock.base.fingerprint}`); the others are:
+`{stock.architecture}` made of the composition '{lock.name}', with its logits up to rounding unless a line below says
+otherwise. In every layer that has experts, expert 0 is the public base '{lock.base.name}' (fingerprint
+`{lock.base.fingerprint}`); the others are:
 
 | index | expert | version | owner | domain | licence | card |
 |---|---|---|---|---|---|---|

@@ -68,16 +68,24 @@ class Verdict:
     Attributes:
         problems: Every reason why it cannot be written, each with what would help; empty when it can.
         densified: What is written in full although the composition stores less.
+        dropped: Biases that are left out, so that the logits are others.
         dense: Layers in which the stock class keeps the anchor's plain FFN.
     """
 
     problems: tuple[str, ...]
     densified: tuple[str, ...]
+    dropped: tuple[str, ...]
     dense: tuple[int, ...]
 
 
 def judge(
-    name: str, target: StockTarget, members: Members, rows: Mapping[int, Rows], *, densify: bool
+    name: str,
+    target: StockTarget,
+    members: Members,
+    rows: Mapping[int, Rows],
+    *,
+    densify: bool,
+    drop_bias: bool = False,
 ) -> Verdict:
     """Compare a composition with what a stock class can compute.
 
@@ -87,6 +95,7 @@ def judge(
         members: The experts that are exported.
         rows: What `read_rows` returned.
         densify: Whether low-rank experts may be written in full, and absent ones as copies of the anchor.
+        drop_bias: Whether the owners' biases may be left out, which changes the logits.
     """
     lock = members.lock
     problems = _base_problems(name, target, members) + _router_problems(
@@ -94,8 +103,12 @@ def judge(
     )
     if lock.recipe != "flexolmo":
         problems.append(f"recipe '{lock.recipe}': only compositions of the recipe flexolmo have a stock form")
-    if lock.router.options.get("bias", True) is not False and lock.router.scorer == "learned":
-        problems += _bias_problems(members, rows)
+    biases = _bias_findings(members, rows)
+    if not drop_bias:
+        problems += [
+            f"{text}, and stock gates have none and would ignore it; --calibrate drops it and measures what that costs"
+            for text in biases
+        ]
     densified: list[str] = []
     ranks, layers = _rank_findings(members), _layer_findings(target, members)
     if densify:
@@ -103,7 +116,12 @@ def judge(
     else:
         problems += [f"{text}; --densify writes it in full" for text in ranks]
         problems += [f"{text}; --densify does it" for text in layers.fillable]
-    return Verdict(problems=(*problems, *layers.hopeless), densified=tuple(densified), dense=layers.dense)
+    return Verdict(
+        problems=(*problems, *layers.hopeless),
+        densified=tuple(densified),
+        dropped=tuple(biases) if drop_bias else (),
+        dense=layers.dense,
+    )
 
 
 def _base_problems(name: str, target: StockTarget, members: Members) -> list[str]:
@@ -152,17 +170,17 @@ def _router_problems(target: StockTarget, router: RouterSpec, num_experts: int) 
     return found
 
 
-def _bias_problems(members: Members, rows: Mapping[int, Rows]) -> list[str]:
+def _bias_findings(members: Members, rows: Mapping[int, Rows]) -> list[str]:
+    router = members.lock.router
+    if router.scorer != "learned" or router.options.get("bias", True) is False:
+        return []
     found = []
     for member in members.experts:
         biases = rows[member.id].biases if member.id in rows else {}
         used = [biases[layer] for layer in member.card.layers if layer in biases]
         if used:
             span = f"{min(used):g}" if min(used) == max(used) else f"{min(used):g} to {max(used):g}"
-            found.append(
-                f"{member.locked.name} has a negative router bias ({span}), and stock gates have none and would ignore "
-                "it; compose with `options: {bias: false}` if `coterie evaluate` shows that it may go"
-            )
+            found.append(f"{member.locked.name} has a negative router bias ({span})")
     return found
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,6 +45,7 @@ class ExportPlan:
         settings: What the stock class has and the base has not.
         dtype: Of every floating tensor, as torch spells it.
         densified: What is written in full although the composition stores less.
+        dropped: Biases that are left out, so that the logits are not the composition's.
         left_out: Owners that are not in it.
     """
 
@@ -55,6 +56,7 @@ class ExportPlan:
     settings: dict[str, Any]
     dtype: str
     densified: tuple[str, ...]
+    dropped: tuple[str, ...]
     left_out: tuple[str, ...]
 
     @cached_property
@@ -78,6 +80,7 @@ class ExportPlan:
             "settings": self.settings,
             "dtype": self.dtype,
             "densified": list(self.densified),
+            "dropped": list(self.dropped),
             "tensors": len(self.entries),
             "bytes": self.bytes,
         }
@@ -90,6 +93,7 @@ def plan_export(
     opt_out: Collection[str] = (),
     registry: Registry | Path | str | None = None,
     densify: bool = False,
+    drop_bias: bool = False,
 ) -> ExportPlan:
     """Check that a composition has an exact stock form and lay it out; no weight is read.
 
@@ -100,6 +104,8 @@ def plan_export(
         registry: A registry or its path, whose opt-outs count too.
         densify: Write low-rank experts in full, ``W + s B A`` (exact up to rounding), and copies of the anchor
             for absent experts, where that is exact.
+        drop_bias: Leave the owners' router biases out. The logits are then not the composition's; measure the cost
+            with `pipelines.calibration.bias_cost`.
 
     Raises:
         BuildError: There is no exact form; every reason is listed.
@@ -117,7 +123,7 @@ def plan_export(
         )
     _check_lineage(members)
     rows = read_rows(members)
-    verdict = judge(to, stock, members, rows, densify=densify)
+    verdict = judge(to, stock, members, rows, densify=densify, drop_bias=drop_bias)
     if verdict.problems:
         raise BuildError(f"{path} is not exactly a {stock.title} model:", problems=verdict.problems)
     dtype = _dtype(members)
@@ -136,6 +142,7 @@ def plan_export(
         ),
         dtype=FLOATS[dtype],
         densified=verdict.densified,
+        dropped=verdict.dropped,
         left_out=tuple(sorted(without)),
     )
 
@@ -167,6 +174,7 @@ def export(
     *,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
+    notes: Sequence[str] = (),
 ) -> Path:
     """Write the checkpoint: tensors one by one, configuration, tokenizer, who is who in ``owners.yaml``.
 
@@ -175,6 +183,7 @@ def export(
         out: The folder; it must not exist.
         shard_bytes: Tensor bytes of a file.
         progress: Told of every tensor.
+        notes: Lines for the model card, for instance what dropping a bias was measured to cost.
 
     Raises:
         BuildError: ``out`` exists or cannot be written, or a tensor did not reach its file. Nothing is left behind.
@@ -187,8 +196,15 @@ def export(
             if (source / name).is_file():
                 link_file(source / name, staging / name)
         write_owners(staging / "owners.yaml", plan.members)
-        write_card(staging / "README.md", plan.members, plan.stock, densified=plan.densified)
+        write_card(staging / "README.md", plan.members, plan.stock, changes=(*_changes(plan), *notes))
     return Path(out)
+
+
+def _changes(plan: ExportPlan) -> list[str]:
+    return [
+        *(f"{text}: written in full" for text in plan.densified),
+        *(f"{text}: dropped, so the logits are not the composition's" for text in plan.dropped),
+    ]
 
 
 def _write_config(plan: ExportPlan, staging: Path) -> None:

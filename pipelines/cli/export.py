@@ -5,15 +5,21 @@ Knows how to say what will be written and what came of it; the layouts are the c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pipelines.cli.loading import DeviceOption, OptionError, open_folder
+from pipelines.cli.measure import domain_files
 from pipelines.cli.options import JsonOption, OptOutOption, OutFolder, RegistryOption, examples, open_registry
 from pipelines.cli.output import human_bytes, note, print_fields, print_json, print_line, print_table
-from pipelines.cli.progress import byte_bar
+from pipelines.cli.progress import byte_bar, spinner
+
+if TYPE_CHECKING:
+    from pipelines.calibration import BiasCost
+    from registry import Registry
 
 __all__ = ["export_folder", "import_folder"]
 
@@ -21,6 +27,7 @@ EXPORT_EXAMPLES = examples(
     "coterie export composed stock --to mixtral",
     "coterie export composed stock --to flex_olmo --opt-out acme",
     "coterie export composed stock --to qwen3_moe --densify --dry-run",
+    "coterie export composed stock --to flex_olmo --calibrate --data law=law.jsonl",
 )
 IMPORT_EXAMPLES = examples(
     "coterie import FlexOlmo-7x7B-1T owners.yaml --out imported",
@@ -58,6 +65,23 @@ def export_folder(
             help="Write low-rank experts in full, and copies of the base where a layer has no experts.",
         ),
     ] = False,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Drop the owners' router biases, which no stock class has, and say what that costs on --data.",
+        ),
+    ] = False,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            metavar="DOMAIN=FILE",
+            help="Held-out text for --calibrate: .jsonl with a text field a line, or .txt; may be given several times.",
+            show_default=False,
+        ),
+    ] = None,
+    device: DeviceOption = "auto",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be written and write nothing.")
     ] = False,
@@ -69,21 +93,35 @@ def export_folder(
     It needs no coterie to be loaded. Written only where the stock class computes the same logits; otherwise every
     reason is listed. Owners who have opted out of the registry are left out.
     """
+    if calibrate != bool(data):
+        raise OptionError(
+            "--calibrate and --data DOMAIN=FILE go together: the cost is measured on that text."
+        )
     from time import perf_counter
 
     from composer.export.exporting import export, plan_export
 
     store = open_registry(context, registry)
-    planned = plan_export(folder, to, opt_out=set(opt_out or ()), registry=store, densify=densify)
+    planned = plan_export(
+        folder, to, opt_out=set(opt_out or ()), registry=store, densify=densify, drop_bias=calibrate
+    )
     for owner in sorted(set(planned.left_out) - set(opt_out or ())):
         note(f"Note: {owner} has opted out since the build and is left out.")
     summary = planned.to_dict()
+    costs: dict[str, BiasCost] = {}
+    if planned.dropped:
+        costs = _bias_cost(folder, data or [], opt_out=planned.left_out, registry=store, device=device)
+        summary["calibration"] = {domain: cost.to_dict() for domain, cost in costs.items()}
+    elif calibrate:
+        note("Note: there is no router bias to drop, so --calibrate changes nothing.")
+    if not as_json and costs:
+        _print_costs(costs)
     if dry_run:
         print_json(summary) if as_json else _print_export(summary)
         return
     started = perf_counter()
     with byte_bar(f"Writing {out}") as report:
-        export(planned, out, progress=_adding(report, total=planned.bytes))
+        export(planned, out, progress=_adding(report, total=planned.bytes), notes=_cost_notes(costs))
     seconds = perf_counter() - started
     if as_json:
         print_json({**summary, "out": str(out), "seconds": round(seconds, 3)})
@@ -92,6 +130,39 @@ def export_folder(
         f"Wrote {out}: {summary['architecture']} with {len(summary['experts'])} experts beside the base "
         f"{summary['base']}, {human_bytes(planned.bytes)} in {seconds:.2f} s."
     )
+
+
+def _bias_cost(
+    folder: Path, data: list[str], *, opt_out: Collection[str], registry: Registry, device: str
+) -> dict[str, BiasCost]:
+    from pipelines.calibration import bias_cost
+    from pipelines.evaluate import read_domains
+
+    texts = read_domains(domain_files(data))
+    with (
+        spinner("Measuring"),
+        open_folder(folder, opt_out=opt_out, registry=registry, device=device) as (model, tokenizer),
+    ):
+        return bias_cost(model, tokenizer, texts)
+
+
+def _print_costs(costs: Mapping[str, BiasCost]) -> None:
+    print_table(
+        [
+            (domain, f"{cost.nll:.4f}", f"{cost.nll_without_bias:.4f}", f"{cost.change:+.4f}")
+            for domain, cost in costs.items()
+        ],
+        columns=("DOMAIN", "LOSS", "WITHOUT BIAS", "CHANGE"),
+        empty="No domain.",
+        right=("LOSS", "WITHOUT BIAS", "CHANGE"),
+    )
+
+
+def _cost_notes(costs: Mapping[str, BiasCost]) -> list[str]:
+    return [
+        f"measured on {domain}: {cost.nll:.4f} nats per token with the biases, {cost.nll_without_bias:.4f} without"
+        for domain, cost in costs.items()
+    ]
 
 
 def _adding(report: Callable[[int, int], None], *, total: int) -> Callable[[str, int], None]:
@@ -114,6 +185,7 @@ def _print_export(summary: dict[str, Any]) -> None:
             "base": f"{summary['base']} (expert 0)",
             "size": f"{human_bytes(summary['bytes'])} in {summary['tensors']} tensors of {summary['dtype']}",
             "written in full": summary["densified"],
+            "dropped": summary["dropped"],
             "left out": summary["left_out"],
         }
     )

@@ -71,7 +71,7 @@ class Stock:
         return registry
 
     def _mistral(self) -> Path:
-        """A Mistral of the Llama's sizes, whose window is shorter than a prompt."""
+        """A Mistral of the Llama's sizes: a window shorter than a prompt, tied embeddings, scaled positions."""
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -79,7 +79,10 @@ class Stock:
         shared = {name: like[name] for name in like if name.endswith(("size", "heads", "layers", "token_id"))}
         torch.manual_seed(0)
         folder = self.pico.scratch("mistral")
-        config = AutoConfig.for_model("mistral", **shared, sliding_window=8)
+        rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}
+        config = AutoConfig.for_model(
+            "mistral", **shared, sliding_window=8, tie_word_embeddings=True, rope_parameters=rope
+        )
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         return folder
 

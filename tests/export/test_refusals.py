@@ -19,8 +19,8 @@ CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any], bool, tuple[str, ..
         {},
         False,
         (
-            "acme/biased has a negative router bias (-1), and stock gates have none and would ignore it; compose with "
-            "`options: {bias: false}` if `coterie evaluate` shows that it may go",
+            "acme/biased has a negative router bias (-1), and stock gates have none and would ignore it; --calibrate "
+            "drops it and measures what that costs",
         ),
     ),
     "running mean": (
@@ -93,8 +93,8 @@ CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any], bool, tuple[str, ..
             "the context 'running_mean' has no stock form, stock gates look at one token; compose with "
             "`context: token`",
             "Mixtral lets the chosen weights sum to 1 and the composition does not; compose with `normalize: true`",
-            "acme/biased has a negative router bias (-1), and stock gates have none and would ignore it; compose with "
-            "`options: {bias: false}` if `coterie evaluate` shows that it may go",
+            "acme/biased has a negative router bias (-1), and stock gates have none and would ignore it; --calibrate "
+            "drops it and measures what that costs",
             "acme/low is low-rank (at most 2); --densify writes it in full",
             f"layers 0, 3 lack bob/some, {LAYERS_LACK}",
         ),
