@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from composer.export import TARGETS
+from composer.export.target import ANCHOR
 from composer.manifest import RouterSpec
-from composer.routing.types import ANCHOR
 
 if TYPE_CHECKING:
     import numpy as np

@@ -20,8 +20,8 @@ from composer.export.flex_olmo import FlexOlmoTarget
 from composer.export.owners import ImportedExpert, OwnersFile
 from composer.export.shards import SHARD_BYTES, Progress, write_file, write_shards
 from composer.export.stock_checkpoint import ROLES, StockCheckpoint
+from composer.export.target import ANCHOR
 from composer.export.tensors import Entry, Slice, floats
-from composer.routing.types import ANCHOR
 from experts.base import BaseDescription
 from experts.card import BaseRef, TrainingInfo
 from experts.errors import ManifestError

@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from composer.export.exactness import Rows
-from composer.export.target import StockTarget
+from composer.export.target import ANCHOR, StockTarget
 from composer.export.tensors import Entry, Slice, convert, float_bytes, low_rank
 from composer.members import BASE_FOLDER, Member, Members
-from composer.routing.types import ANCHOR
 from experts.base import BaseDescription, LinearSpec
 from experts.errors import AdmissionError, BuildError
 from experts.fingerprint import checkpoint_files

@@ -10,7 +10,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-__all__ = ["LAYER", "StockTarget"]
+__all__ = ["ANCHOR", "LAYER", "StockTarget"]
+
+ANCHOR = 0
+"""Index of the anchor in every checkpoint, as in every composition; named here since the routing code needs torch."""
 
 LAYER = r"model\.layers\.\d+"
 """Pattern of a decoder layer's prefix."""

@@ -42,6 +42,8 @@ LIGHT = [
     "composer.manifest",
     "composer.planning",
     "composer.building",
+    "composer.export.exporting",
+    "composer.export.importing",
     "pipelines",
     "pipelines.baselines",
     "pipelines.baselines.context",
