@@ -108,13 +108,9 @@ def oracle(world: World) -> Results:
 
 
 def _baseline(world: World, name: str, **options: Any) -> Evaluation:
-    from pipelines.baselines import BaselineContext, make_baseline, score
+    from pipelines.baselines import make_baseline, score
 
-    context = BaselineContext(
-        registry=world.registry, base="anchor", experts=_plain(world), scratch=world.folder / "baselines"
-    )
-    context.scratch.mkdir(parents=True, exist_ok=True)  # type: ignore[union-attr]
-    return score(make_baseline(name, context, **options), world.windows, batch_size=8)
+    return score(make_baseline(name, world.baselines(_plain(world)), **options), world.windows, batch_size=8)
 
 
 # ---------------------------------------------------------------- experts trained alone

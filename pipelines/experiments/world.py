@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from composer.model import ComposedForCausalLM
+    from pipelines.baselines import BaselineContext
     from pipelines.evaluate import DomainWindows
     from registry import Registry
     from registry.records import BaseRecord
@@ -96,6 +97,7 @@ class World:
         self.folder = folder / f"seed-{seed}"
         self.tell: Tell = tell or (lambda _: None)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._baselines: BaselineContext | None = None
 
     # ---------------------------------------------------------------- the anchor
 
@@ -283,6 +285,22 @@ class World:
         return _write_jsonl(self.folder / "public.jsonl", self.texts.public)
 
     # ---------------------------------------------------------------- compositions
+
+    def baselines(self, experts: Mapping[str, str]) -> BaselineContext:
+        """What baselines are made from; made once, because it holds the anchor and its states.
+
+        Args:
+            experts: Reference by domain; the same at every call.
+        """
+        from pipelines.baselines import BaselineContext
+
+        if self._baselines is None:
+            scratch = self.folder / "baselines"
+            scratch.mkdir(exist_ok=True)
+            self._baselines = BaselineContext(
+                registry=self.registry, base=BASE, experts=experts, dtype="float32", scratch=scratch
+            )
+        return self._baselines
 
     def compose(self, name: str, experts: Sequence[str], router: Mapping[str, Any]) -> ComposedForCausalLM:
         """Compose experts under a router and load the model in float32; the folder is kept for the next time."""
