@@ -105,5 +105,6 @@ def test_unknown_text_names_the_nearest():
     with pytest.raises(UnknownNameError) as caught:
         domain_text("licenses")
     assert str(caught.value) == (
-        "Unknown domain text 'licenses'. Did you mean 'licences'? Known: icd10, licences, prose, python, surgery."
+        "Unknown domain text 'licenses'. Did you mean 'licences'? Known: history, icd10, licences, novel, prose, "
+        "python, stories, surgery."
     )

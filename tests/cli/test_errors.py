@@ -129,7 +129,7 @@ class TestUsage:
         assert (outcome.code, outcome.out) == (2, "")
         assert outcome.err.startswith(
             "Usage: coterie [OPTIONS] COMMAND [ARGS]...\nTry 'coterie --help' for help.\n\n"
-            "Error: Unknown command 'lst'. Did you mean 'list'? Known: audit, base, build, "
+            "Error: Unknown command 'lst'. Did you mean 'list'? Known: add, attribute, audit, base, "
         )
 
     def test_command_of_a_group(self, run: Any) -> None:
