@@ -7,7 +7,7 @@ of how routers decide.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,7 +53,10 @@ class _Source:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Map the file for the enclosed code; unmapping it gives back the pages that were read."""
+        """Map the file for the enclosed code; unmapping it gives back the pages that were read.
+
+        One expert at a time: the pages of all of them would be a second copy of the layer in memory.
+        """
         with self.member.tensors(self.weights_file) as self.tensors:
             yield
         self.tensors = {}
@@ -62,10 +65,11 @@ class _Source:
         """Read the adapter of one layer."""
         assert self.lora is not None
         factors = {}
-        for role, linear in self.base.ffn_linears(layer).items():
-            if linear.name in self.lora.modules:
-                a, b = (self.tensors[name].to(device, dtype) for name in lora_tensor_names(linear.name))
-                factors[role] = (a, b, self.lora.modules[linear.name].scaling)
+        with self.opened():
+            for role, linear in self.base.ffn_linears(layer).items():
+                if linear.name in self.lora.modules:
+                    a, b = (self.tensors[name].to(device, dtype) for name in lora_tensor_names(linear.name))
+                    factors[role] = (a, b, self.lora.modules[linear.name].scaling)
         return LowRankExpert(factors)
 
     def full(self, linear: LinearSpec, what: str) -> torch.Tensor:
@@ -98,10 +102,7 @@ def install_experts(
     sources = [_Source(member, base) for member in members.experts]
     for layer in sorted(set().union(*(source.layers for source in sources))):
         here = [source for source in sources if layer in source.layers]
-        with ExitStack() as stack:
-            for source in here:
-                stack.enter_context(source.opened())
-            _install_layer(model, base, layer, here, len(sources), router_for, normalized)
+        _install_layer(model, base, layer, here, len(sources), router_for, normalized)
 
 
 def _install_layer(
@@ -184,7 +185,8 @@ def _stack(
         if with_anchor:
             _fill(stacked, 0, linears, lambda linear, what: getattr(_role(parts, linear.role), what))
         for position, source in enumerate(sources, start=int(with_anchor)):
-            _fill(stacked, position, linears, source.full)
+            with source.opened():
+                _fill(stacked, position, linears, source.full)
     return stacked
 
 

@@ -71,12 +71,14 @@ def read_documents(paths: Iterable[Path]) -> list[str]:
     """Every document of ``.jsonl`` files (one object with ``"text"`` a line) and ``.txt`` files (one each).
 
     Raises:
-        DataError: A file is missing, is not UTF-8, has another ending or another form, or all are empty.
-            Messages name files and lines, never their content.
+        DataError: A file is missing, is not a regular file, is not UTF-8, has another ending or another form, or all
+            are empty. Messages name files and lines, never their content.
     """
     documents: list[str] = []
     files = list(paths)
     for path in files:
+        if path.exists() and not path.is_file():  # a pipe would be waited for, without an end
+            raise DataError(f"{path.name} is not a regular file. Write the text to a file first.")
         try:
             documents.extend(
                 _read_jsonl(path) if path.suffix == ".jsonl" else [path.read_text(encoding="utf-8")]

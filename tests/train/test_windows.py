@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from experts.errors import DataError
@@ -113,3 +115,11 @@ def test_a_missing_file(tmp_path):
     with pytest.raises(DataError) as caught:
         read_documents([tmp_path / "gone.txt"])
     assert str(caught.value) == "gone.txt cannot be read: No such file or directory."
+
+
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "law.jsonl")
+    with pytest.raises(DataError) as caught:
+        read_documents([tmp_path / "law.jsonl"])
+    assert str(caught.value) == "law.jsonl is not a regular file. Write the text to a file first."
+    assert caught.value.exit_code == 2
