@@ -164,3 +164,25 @@ def test_a_failed_job_fails_the_command_and_not_the_others(
 )
 def test_live_row(progress: Progress | None, cells: tuple[str, ...]) -> None:
     assert job_cells("acme/x", progress) == cells
+
+
+def test_a_full_device_stops_training_with_what_is_missing(
+    run: Any, filled: Path, write_job: WriteJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+
+    import pipelines.train.loop as loop
+
+    def full(*args: Any, **settings: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    out = tmp_path / "t"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_checkpoint", full)
+        outcome = run("train", write_job(), "--local", "--out", out, registry=filled)
+    assert (outcome.code, outcome.out) == (2, "")
+    last = outcome.err.splitlines()[-1]
+    assert last.startswith(f"Error: No space is left on the device that holds {out}")
+    assert last.endswith("Free some space or choose another place and try again.")
+    assert not (out / "acme" / "contracts").exists()
+    assert run("train", write_job(), "--local", "--out", out, registry=filled).code == 0

@@ -133,6 +133,7 @@ def test_hostile_tensors(
     save_file(change(load_file(path)), path, metadata={"format": "pt"})
     with pytest.raises(AdmissionError) as caught:
         check_expert(folder, reseal(folder, card), base)
+    assert caught.value.exit_code == 2
     assert str(caught.value) == message
 
 
@@ -170,6 +171,7 @@ def test_not_finite_in_half_precision(packed: Packed, reseal: Reseal, dtype: str
     save_torch(tensors, path)
     with pytest.raises(AdmissionError) as caught:
         check_expert(folder, reseal(folder, card), base)
+    assert caught.value.exit_code == 2
     assert str(caught.value) == (
         f"{VALUES}tensor '{UP_A}': 2 of 128 values are NaN or infinite; all must be finite"
     )
@@ -181,6 +183,7 @@ def test_metadata_is_no_hiding_place(packed: Packed, reseal: Reseal) -> None:
     save_file(load_file(path), path, metadata={"format": "pt", "patient": "Jane"})
     with pytest.raises(AdmissionError) as caught:
         check_expert(folder, reseal(folder, card), base)
+    assert caught.value.exit_code == 2
     assert str(caught.value) == (
         f"{SCHEMA}metadata: ['format', 'patient'] found, only 'format' is allowed; remove it"
     )
@@ -196,6 +199,7 @@ def test_duplicate_keys_in_the_header(packed: Packed, reseal: Reseal) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text.encode() + raw[8 + length :])
     with pytest.raises(AdmissionError) as caught:
         check_expert(folder, reseal(folder, card), base)
+    assert caught.value.exit_code == 2
     assert str(caught.value) == (
         "header of 'adapter_model.safetensors': duplicate keys; keep one of each:\n"
         f"  - key '{UP_A}' occurs 2 times"
@@ -235,6 +239,7 @@ def test_hostile_config(packed: Packed, reseal: Reseal, changes: dict[str, Any],
         assert str(caught.value).startswith(message)
         assert len(caught.value.problems) == 4
     else:
+        assert caught.value.exit_code == 2
         assert str(caught.value) == message
 
 
@@ -254,6 +259,7 @@ def test_broken_config(packed: Packed, reseal: Reseal, text: bytes, message: str
     (folder / "adapter_config.json").write_bytes(text)
     with pytest.raises(AdmissionError) as caught:
         check_expert(folder, reseal(folder, card), base)
+    assert caught.value.exit_code == 2
     assert str(caught.value) == message
 
 
@@ -273,6 +279,7 @@ def test_another_anchor_with_equal_shapes(packed: Packed, base: Callable[..., Ba
     assert {n: s.shape for n, s in other.tensors.items()} == {n: s.shape for n, s in mine.tensors.items()}
     with pytest.raises(AdmissionError) as caught:
         check_expert(folder, card, other)
+    assert caught.value.exit_code == 2
     assert str(caught.value) == (
         f"Expert 'acme/contracts' was trained on the base 'pico' with fingerprint {mine.fingerprint}; the base at "
         f"hand has fingerprint {other.fingerprint}. Equal shapes are not enough: train the expert on this base, or "
@@ -284,6 +291,7 @@ def test_card_that_claims_otherwise(packed: Packed, reseal: Reseal) -> None:
     folder, card, base = packed
     with pytest.raises(AdmissionError) as caught:
         check_expert(folder, reseal(folder, card, layers=[0, 1], rank=8), base)
+    assert caught.value.exit_code == 2
     assert str(caught.value) == (
         "The card of expert 'acme/contracts' does not say what its files say:\n"
         "  - layers: the card says [0, 1], the files say [1, 2]\n"
@@ -295,6 +303,7 @@ def test_unknown_licence_and_kind(packed: Packed, reseal: Reseal) -> None:
     folder, card, base = packed
     with pytest.raises(CardError) as caught:
         check_expert(folder, reseal(folder, card, license="Apache-2"), base)
+    assert caught.value.exit_code == 2
     assert str(caught.value) == (
         "'Apache-2' is not an SPDX licence expression; write for instance 'Apache-2.0' or, for terms of your own, "
         "'LicenseRef-<name>'.\n  - unknown licence 'Apache-2'; did you mean 'Apache-2.0'?"
@@ -376,6 +385,7 @@ def test_hostile_folder(packed: Packed, change: Callable[[Path], object], proble
     change(folder)
     with pytest.raises(AdmissionError) as caught:
         check_expert(folder, card, base)
+    assert caught.value.exit_code == 2
     assert str(caught.value) == FOLDER + problem
 
 
@@ -386,6 +396,7 @@ def test_swapped_after_packing(packed: Packed) -> None:
     digest = sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
     with pytest.raises(AdmissionError) as caught:
         check_files(folder, card)
+    assert caught.value.exit_code == 2
     assert str(caught.value) == (
         f"{FOLDER}adapter_model.safetensors: sha256 is {digest}, the card declares {declared}"
     )
@@ -396,6 +407,7 @@ def test_other_card_in_the_folder(packed: Packed, reseal: Reseal) -> None:
     reseal(folder, card, domain="medicine")
     with pytest.raises(AdmissionError) as caught:
         check_files(folder, card)
+    assert caught.value.exit_code == 2
     assert str(caught.value) == f"{FOLDER}card.json: not the card with sha256 {card.digest}"
 
 
@@ -404,6 +416,7 @@ def test_file_that_is_not_of_the_kind(packed: Packed, reseal: Reseal) -> None:
     (folder / "handler.py").write_text("print()")
     with pytest.raises(AdmissionError) as caught:
         check_files(folder, reseal(folder, card))
+    assert caught.value.exit_code == 2
     assert str(caught.value) == f"{FOLDER}handler.py: not a file of a lora expert"
 
 
@@ -413,6 +426,7 @@ def test_too_many_files(packed: Packed) -> None:
         (folder / f"{number}.txt").touch()
     with pytest.raises(AdmissionError) as caught:
         check_files(folder, card)
+    assert caught.value.exit_code == 2
     assert str(caught.value) == f"'{folder}' holds more than 1000 files; an expert has fewer than ten."
 
 

@@ -60,6 +60,7 @@ def test_not_canonical() -> None:
     pretty = json.dumps(json.loads(card.to_bytes()), indent=1).encode()
     with pytest.raises(CardError) as caught:
         ExpertCard.from_bytes(pretty)
+    assert caught.value.exit_code == 2
     assert str(caught.value) == (
         f"card.json is not in canonical form (RFC 8785): its sha256 is {hashlib.sha256(pretty).hexdigest()}, the "
         f"card's digest {card.digest}. Pack the expert again instead of editing its card."
@@ -153,6 +154,7 @@ def test_refused(changes: dict[str, Any], problems: list[str]) -> None:
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     lines = "".join(f"\n  - {problem}" for problem in problems)
     name = changes.get("name", "acme/contracts")
+    assert caught.value.exit_code == 2
     assert str(caught.value) == f"Card of expert '{name}' has {count}:{lines}"
 
 
@@ -192,6 +194,7 @@ HARMLESS = [
 def test_no_absolute_path(text: str, place: str, changes: Any) -> None:
     with pytest.raises(CardError) as caught:
         ExpertCard.create(**fields(**changes(text)))
+    assert caught.value.exit_code == 2
     assert str(caught.value) == (
         f"Card of expert 'acme/contracts' has 1 problem:\n  - {place} contains the absolute path {text!r}; a card is "
         "public and names no place on a machine"
@@ -242,4 +245,5 @@ ADVICE = "write for instance 'Apache-2.0' or, for terms of your own, 'LicenseRef
 def test_license_refused(given: str, problems: str) -> None:
     with pytest.raises(CardError) as caught:
         check_license(given)
+    assert caught.value.exit_code == 2
     assert str(caught.value) == f"'{given}' is not an SPDX licence expression; {ADVICE}{problems}"
