@@ -138,7 +138,7 @@ class Manifest(_Strict):
         """
         path = Path(path)
         what = f"manifest {path.name}"
-        if not path.is_file():
+        if not path.exists():
             raise ManifestError(f"There is no manifest at {path}.")
         return cls.from_dict(load_yaml(path, what=what), what=what)
 

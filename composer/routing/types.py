@@ -98,7 +98,7 @@ class Groups(tuple[AllowedGroup, ...]):
         return self._within[present]
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # not frozen: one is made for every layer and step, and freezing costs
 class RoutingContext:
     """Everything a router may look at.
 
@@ -119,7 +119,7 @@ class RoutingContext:
     logit_bias: torch.Tensor | None = None
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # not frozen, as above
 class RoutingDecision:
     """Which experts every token uses and with which weights.
 

@@ -60,7 +60,7 @@ def _suggest(context: typer.Context, incomplete: str, known: Callable[[Registry]
     """Names from the index for the shell; anything that goes wrong only means no suggestion."""
     try:
         names = known(open_registry(context, context.params.get("registry")))
-    except Exception:
+    except Exception:  # inside the shell's prompt: a traceback there helps nobody
         return []
     return sorted(name for name in names if name.startswith(incomplete))
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from experts.plugins import PluginTable
-from pipelines.experiments.world import World
+from pipelines.experiments.world import BASE, World
 
 if TYPE_CHECKING:
     from torch import nn
@@ -164,7 +164,7 @@ _COORDINATED = {"coordination": True, "bias": {"form": "clamp"}, "statistics": T
 
 def _learned(world: World, **options: Any) -> dict[str, Any]:
     """Learned rows, token by token, renormalised only where the base's norms need it (the paper does not)."""
-    post_norm = world.registry.base("anchor").description.config.get("model_type") == "olmo2"
+    post_norm = world.registry.base(BASE).description.config.get("model_type") == "olmo2"
     router = {"scorer": "learned", "context": "token", "normalize": not post_norm, **_top_k(world)}
     return {**router, "options": options} if options else router
 

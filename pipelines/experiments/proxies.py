@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pipelines.experiments.world import BASE, World
+
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from pipelines.experiments.world import World
 
 __all__ = ["proxy_windows"]
 
@@ -33,8 +33,6 @@ def proxy_windows(world: World, model: Any) -> Tensor:
 
     from composer.routing.scorers.lda import solve_lda
 
-    public = world.registry.base("anchor").routing
-    assert public is not None, "the world publishes public statistics"
     candidates = world.training_windows(world.texts.public, count=_CANDIDATES)
     statistics = [_public_statistics(world), *(_statistics(world, name) for name in model.expert_names)]
     weights, biases = solve_lda(statistics)
@@ -59,8 +57,8 @@ def _statistics(world: World, name: str) -> Any:
 def _public_statistics(world: World) -> Any:
     from experts.routing_artifacts import RoutingArtifacts
 
-    base = world.registry.base("anchor")
-    assert base.routing is not None
+    base = world.registry.base(BASE)
+    assert base.routing is not None, "the world publishes public statistics"
     assert base.routing_sha256 is not None
     return RoutingArtifacts.load(world.registry.blob_path(base.routing_sha256), base.routing).statistics
 
@@ -71,7 +69,7 @@ def _means(world: World, ids: Tensor) -> Tensor:
 
     from pipelines.train.states import SplitDecoder
 
-    prefix = world.registry.base("anchor").description.layers_prefix
+    prefix = world.registry.base(BASE).description.layers_prefix
     split = SplitDecoder(world.anchor(), layers_prefix=prefix, first=world.layers[0])
     parts = []
     for batch in torch.split(ids, 16):

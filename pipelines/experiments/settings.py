@@ -167,7 +167,7 @@ class Experiment(_Settings):
         """
         path = Path(path)
         what = f"experiment {path.name}"
-        if not path.is_file():
+        if not path.exists():
             raise ManifestError(f"There is no experiment at {path}.")
         return cls.from_dict(load_yaml(path, what=what), what=what)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from experts.errors import TrainingError
 from experts.routing_artifacts import RoutingInfo
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from composer.model import ComposedForCausalLM
     from pipelines.baselines import BaselineContext
     from pipelines.evaluate import DomainWindows
+    from pipelines.train.progress import Progress
     from registry import Registry
     from registry.records import BaseRecord
 
@@ -334,7 +335,7 @@ def _write_jsonl(path: Path, documents: Sequence[str]) -> Path:
     return path
 
 
-def _describe(report: Any) -> str:
-    step: Any = report.scalars.get("step")
-    position: str | Literal[""] = f", step {step} of {report.scalars.get('steps')}" if step else ""
+def _describe(report: Progress) -> str:
+    step = report.scalars.get("step")
+    position = f", step {step} of {report.scalars.get('steps')}" if step else ""
     return f"{report.name}: {report.stage}{position}"

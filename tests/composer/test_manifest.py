@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +131,11 @@ def test_single_mistakes(change: dict[str, Any], problem: str) -> None:
 
 def test_mistakes_are_no_plan_errors() -> None:
     assert not issubclass(ManifestError, PlanError)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "m.yaml")
+    with pytest.raises(ManifestError) as caught:
+        Manifest.from_file(tmp_path / "m.yaml")
+    assert str(caught.value) == f"'{tmp_path / 'm.yaml'}' is a FIFO; a regular file is needed."
+    assert caught.value.exit_code == 2

@@ -21,4 +21,5 @@ def test_draws_both_matrices(tmp_path):
 
 
 def test_a_constant_matrix_can_be_drawn(tmp_path):
-    _size(draw_nll({"anchor": {"law": 2.0}}, tmp_path / "one.png", title="Loss"))
+    width, height = _size(draw_nll({"anchor": {"law": 2.0}}, tmp_path / "one.png", title="Loss"))
+    assert min(width, height) > 0
