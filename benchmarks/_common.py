@@ -36,6 +36,7 @@ __all__ = [
     "ratio",
     "run_command",
     "serve",
+    "started",
     "times",
     "working_folder",
 ]
@@ -186,6 +187,27 @@ class Inline:
 
     def close(self) -> None:
         """Do nothing."""
+
+
+@contextlib.contextmanager
+def started(
+    script: Path, name: str, *, jobs: Mapping[str, Mapping[str, Job]], work: Path, tiny: bool
+) -> Iterator[Worker | Inline]:
+    """Start a worker for the enclosed code.
+
+    Args:
+        script: The benchmark.
+        name: Which of its jobs.
+        jobs: All of them.
+        work: Folder for the worker's log.
+        tiny: Run the jobs in this process instead.
+    """
+    number = len(list(work.glob("log-*")))
+    worker = Inline(jobs[name]) if tiny else Worker(script, name, log=work / f"log-{number}-{name}.txt")
+    try:
+        yield worker
+    finally:
+        worker.close()
 
 
 def serve(jobs: Mapping[str, Job]) -> None:

@@ -16,8 +16,8 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,6 +33,7 @@ from _common import (
     ratio,
     run_command,
     serve,
+    started,
     times,
     working_folder,
 )
@@ -193,20 +194,10 @@ class Bench:
             worker.run("prepare", work=str(self.pico), counts=[FEW], tiny=True)
             worker.run("prepare", work=str(self.real), counts=[FEW, MANY], tiny=tiny)
 
-    @contextmanager
-    def worker(self, name: str) -> Iterator[Worker | Inline]:
+    def worker(self, name: str) -> AbstractContextManager[Worker | Inline]:
         """Start a worker for the enclosed code."""
-        number = len(list(self.work.glob("log-*")))
-        worker: Worker | Inline
-        if self.tiny:
-            worker = Inline(JOBS[name])
-        else:
-            log = self.work / f"log-{number}-{name}.txt"
-            worker = Worker(Path(__file__).resolve(), name, log=log)
-        try:
-            yield worker
-        finally:
-            worker.close()
+        script = Path(__file__).resolve()
+        return started(script, name, jobs=JOBS, work=self.work, tiny=self.tiny)
 
     def keep(self, arm: str, sample: Sample) -> None:
         """Record a run."""

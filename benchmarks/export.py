@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 from _common import (
@@ -27,6 +27,7 @@ from _common import (
     arguments,
     ratio,
     serve,
+    started,
     times,
     working_folder,
 )
@@ -107,18 +108,10 @@ class Bench:
                     copy=False,
                 )
 
-    @contextmanager
-    def worker(self, name: str) -> Iterator[Worker | Inline]:
+    def worker(self, name: str) -> AbstractContextManager[Worker | Inline]:
         """Start a worker for the enclosed code."""
-        worker: Worker | Inline
-        if self.tiny:
-            worker = Inline(JOBS[name])
-        else:
-            worker = Worker(Path(__file__).resolve(), name, log=self.work / f"log-{name}.txt")
-        try:
-            yield worker
-        finally:
-            worker.close()
+        script = Path(__file__).resolve()
+        return started(script, name, jobs=JOBS, work=self.work, tiny=self.tiny)
 
     def write(self, worker: Worker | Inline, arm: str, folder: Path, out: Path) -> Sample:
         """Let an arm write its checkpoint."""
