@@ -17,8 +17,8 @@ from pipelines.cli.options import JsonOption, examples
 from pipelines.cli.output import print_json, print_line, print_table
 
 if TYPE_CHECKING:
+    from pipelines.experiments.kind import ExperimentSettings
     from pipelines.experiments.results import Row
-    from pipelines.experiments.settings import Experiment
 
 __all__ = ["group"]
 
@@ -67,17 +67,15 @@ def run(
     Each arm under each seed is a cell; finished cells are kept in the work folder, so the same command goes on
     where it stopped. Owners' experts are trained as by `coterie train`, in registries of the experiment's own.
     """
-    from pipelines.experiments.settings import Experiment
+    from pipelines.experiments.kind import kind_of, read_experiment
 
-    experiment = _narrowed(Experiment.from_file(file), seed, arm)
+    experiment = _narrowed(read_experiment(file), seed, arm)
     folder = work or Path(f"experiment-{experiment.name}")
     if dry_run:
         _show_cells(experiment, folder, as_json=as_json)
         return
     rows = _run(experiment, folder)
-    from pipelines.experiments.results import write_results
-
-    paths = write_results(experiment, rows, out=out)
+    paths = kind_of(experiment).write(experiment, rows, out=out)
     if as_json:
         print_json({"rows": [asdict(row) for row in rows], "files": [str(path) for path in paths]})
         return
@@ -85,7 +83,9 @@ def run(
     print_line("Written: " + ", ".join(str(path) for path in paths) + ".")
 
 
-def _narrowed(experiment: Experiment, seeds: list[int] | None, arms: list[str] | None) -> Experiment:
+def _narrowed(
+    experiment: ExperimentSettings, seeds: list[int] | None, arms: list[str] | None
+) -> ExperimentSettings:
     data = experiment.to_dict()
     if seeds:
         data["seeds"] = seeds
@@ -94,7 +94,7 @@ def _narrowed(experiment: Experiment, seeds: list[int] | None, arms: list[str] |
     return type(experiment).from_dict(data)
 
 
-def _show_cells(experiment: Experiment, work: Path, *, as_json: bool) -> None:
+def _show_cells(experiment: ExperimentSettings, work: Path, *, as_json: bool) -> None:
     from pipelines.experiments.runner import cells
 
     todo = cells(experiment, work=work)
@@ -109,7 +109,7 @@ def _show_cells(experiment: Experiment, work: Path, *, as_json: bool) -> None:
     )
 
 
-def _run(experiment: Experiment, work: Path) -> list[Row]:
+def _run(experiment: ExperimentSettings, work: Path) -> list[Row]:
     from pipelines.cli.progress import on_terminal, spinner
     from pipelines.experiments.runner import Cell, run_experiment
 
@@ -129,10 +129,12 @@ def _run(experiment: Experiment, work: Path) -> list[Row]:
         )
 
 
-def _show(experiment: Experiment, rows: list[Row]) -> None:
+def _show(experiment: ExperimentSettings, rows: list[Row]) -> None:
+    from pipelines.experiments.kind import kind_of
     from pipelines.experiments.results import summarize
 
-    summary = summarize(rows, owned=experiment.domains)
+    kind = kind_of(experiment)
+    summary = summarize(rows, owned=kind.owned(experiment), metric=kind.metric)
     columns = ("ARM", *(domain.upper() for domain in summary.domains))
     lines = [
         (arm, *(f"{cells[d][0]:.3f} ± {cells[d][1]:.3f}" if d in cells else None for d in summary.domains))

@@ -5,6 +5,7 @@ Light to import: torch is loaded by what runs.
 
 from __future__ import annotations
 
+from pipelines.experiments.kind import read_experiment
 from pipelines.experiments.settings import Experiment
 
-__all__ = ["Experiment"]
+__all__ = ["Experiment", "read_experiment"]

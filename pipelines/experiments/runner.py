@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from experts.errors import DataError
 from experts.files import write_atomic
-from pipelines.experiments.arms import ARMS
-from pipelines.experiments.results import Row, rows_of
-from pipelines.experiments.settings import Experiment
-from pipelines.experiments.world import Tell, Texts, World, read_texts
+from pipelines.experiments.kind import ExperimentSettings, kind_of
+from pipelines.experiments.results import Row
+from pipelines.experiments.world import Tell
 
 __all__ = ["Cell", "cells", "run_experiment"]
 
@@ -38,9 +38,9 @@ class Cell:
     done: bool
 
 
-def cells(experiment: Experiment, *, work: Path) -> list[Cell]:
+def cells(experiment: ExperimentSettings, *, work: Path) -> list[Cell]:
     """List what an experiment consists of, in the order in which it is run."""
-    arms = experiment.arms or tuple(ARMS.builtin)
+    arms = experiment.arms or tuple(kind_of(experiment).arms.builtin)
     return [
         Cell(seed=seed, arm=arm, done=_cell_file(work, seed, arm).is_file())
         for seed in experiment.seeds
@@ -49,10 +49,10 @@ def cells(experiment: Experiment, *, work: Path) -> list[Cell]:
 
 
 def run_experiment(
-    experiment: Experiment,
+    experiment: ExperimentSettings,
     *,
     work: Path,
-    texts: Texts | None = None,
+    texts: Any = None,
     tell: Tell | None = None,
     on_cell: Callable[[Cell, int, int], None] | None = None,
 ) -> list[Row]:
@@ -61,7 +61,7 @@ def run_experiment(
     Args:
         experiment: What to run.
         work: Folder for the anchor, registries, experts and finished cells.
-        texts: The documents; None: fetched.
+        texts: What all seeds share, as the kind's ``texts`` returns it; None: fetched.
         tell: Told what is going on inside a cell.
         on_cell: Called before each cell with its number and the number of cells.
 
@@ -70,28 +70,23 @@ def run_experiment(
         CoterieError: A cell failed; finished ones are kept.
     """
     _claim(experiment, work)
+    kind = kind_of(experiment)
     todo = cells(experiment, work=work)
-    world: World | None = None
+    world = None
     for number, cell in enumerate(todo, start=1):
         if on_cell is not None:
             on_cell(cell, number, len(todo))
         if cell.done:
             continue
-        texts = texts or read_texts(experiment, tell=tell)
+        texts = texts or kind.texts(experiment, tell=tell)
         if world is None or world.seed != cell.seed:
-            world = World(experiment, texts, folder=work, seed=cell.seed, tell=tell)
-        rows = list(_run(world, cell))
+            world = kind.world(experiment, texts, folder=work, seed=cell.seed, tell=tell)
+        rows = list(kind.run(world, cell.arm))
         data = json.dumps([asdict(row) for row in rows])
         _cell_file(work, cell.seed, cell.arm).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(_cell_file(work, cell.seed, cell.arm), data.encode())
         gc.collect()
     return [row for cell in todo for row in _read(work, cell)]
-
-
-def _run(world: World, cell: Cell) -> Iterator[Row]:
-    owners = {domain: world.owner(domain) for domain in world.experiment.domains}
-    for arm, evaluation in ARMS.load(cell.arm)(world).items():
-        yield from rows_of(arm, cell.seed, evaluation, owners=owners)
 
 
 def _cell_file(work: Path, seed: int, arm: str) -> Path:
@@ -102,16 +97,16 @@ def _read(work: Path, cell: Cell) -> list[Row]:
     return [Row(**row) for row in json.loads(_cell_file(work, cell.seed, cell.arm).read_text())]
 
 
-def _claim(experiment: Experiment, work: Path) -> None:
+def _claim(experiment: ExperimentSettings, work: Path) -> None:
     """Make the folder this experiment's, or check that it is; seeds and arms may be added later."""
     settings = experiment.to_dict()
-    for key in ("seeds", "arms", "runner"):
+    for key in ("seeds", "arms", "kind", *experiment.FREE):
         settings.pop(key)
     path = work / _SETTINGS
     if path.is_file():
         before = json.loads(path.read_text())
         if before != settings:
-            changed = sorted(key for key in settings if before.get(key) != settings[key])
+            changed = sorted(key for key in {*settings, *before} if before.get(key) != settings.get(key))
             raise DataError(
                 f"{work} holds results of '{before.get('name')}' with other settings ({', '.join(changed)}). Choose "
                 "another --work folder, or remove it."

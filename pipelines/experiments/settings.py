@@ -5,25 +5,16 @@ Knows fields, ranges and defaults; knows nothing of how an arm is made.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from experts.errors import CoterieError, ManifestError
-from experts.strict import load_yaml, validate
+from pipelines.experiments.kind import ExperimentSettings, Names
 
 __all__ = ["Budget", "Experiment", "ScratchAnchor", "Tuning"]
 
 Count = Annotated[int, Field(strict=True, gt=0)]
 Number = Annotated[float, Field(strict=True, gt=0)]
-
-
-def _as_tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
-
-
-Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 
 
 class _Settings(BaseModel):
@@ -77,13 +68,13 @@ class Tuning(_Settings):
     """Constant rate."""
 
 
-class Experiment(_Settings):
+class Experiment(ExperimentSettings):
     """An experiment as written."""
 
-    format_version: Literal[1] = 1
-    """Version of this format."""
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_]{0,63}$")
-    """Results are written as NAME.json, NAME.md and NAME.png."""
+    FREE: ClassVar[tuple[str, ...]] = ("runner",)
+
+    kind: Literal["flexolmo"] = "flexolmo"
+    """This kind."""
     anchor: ScratchAnchor | Literal["smollm2"] = ScratchAnchor()
     """``smollm2``, or the settings of a decoder to train from scratch."""
     domains: Names
@@ -108,14 +99,6 @@ class Experiment(_Settings):
     """What every owner spends."""
     tuning: Tuning = Tuning()
     """What arms with trained routers spend."""
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0, strict=True)], ...], BeforeValidator(_as_tuple)] = (
-        0,
-        1,
-        2,
-    )
-    """Everything after the anchor is done once for each."""
-    arms: Names = ()
-    """Arms to run; none named: all."""
     runner: Literal["local", "ray"] = "local"
     """``ray``: every owner's training in a process and a Ray of its own; ``local``: here, one after the other."""
 
@@ -130,18 +113,6 @@ class Experiment(_Settings):
                 raise ValueError(str(unknown_name("domain text", name, TEXTS)))
         return value
 
-    @field_validator("arms")
-    @classmethod
-    def _known_arms(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        from pipelines.experiments.arms import ARMS
-
-        for name in value:
-            try:
-                ARMS[name]
-            except CoterieError as error:
-                raise ValueError(str(error)) from None
-        return value
-
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         problems = []
@@ -149,35 +120,9 @@ class Experiment(_Settings):
             problems.append("name at least two domains")
         if not self.public:
             problems.append("name at least one public text")
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            problems.append("seeds must be given, each once")
         shared = sorted(set(self.domains) & ({*self.public} | {*self.unowned}))
         if shared:
             problems.append(f"{', '.join(shared)}: a domain cannot be public or nobody's as well")
         if problems:
             raise ValueError("; ".join(problems))
         return self
-
-    @classmethod
-    def from_file(cls, path: Path | str) -> Self:
-        """Read an experiment.
-
-        Raises:
-            ManifestError: The file is missing, is not plain YAML, or has mistakes; all of them are listed.
-        """
-        path = Path(path)
-        what = f"experiment {path.name}"
-        if not path.exists():
-            raise ManifestError(f"There is no experiment at {path}.")
-        return cls.from_dict(load_yaml(path, what=what), what=what)
-
-    @classmethod
-    def from_dict(cls, data: object, *, what: str = "experiment") -> Self:
-        """Check plain data; see `from_file`."""
-        if not isinstance(data, dict):
-            raise ManifestError(f"{what}: not a mapping; write 'name:', 'domains:' and 'public:'.")
-        return validate(cls, data, what=what)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data that `from_dict` reads back."""
-        return self.model_dump(mode="json")

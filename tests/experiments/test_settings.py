@@ -8,21 +8,40 @@ from typing import Any
 import pytest
 
 from experts.errors import CoterieError
-from pipelines.experiments import Experiment
-from pipelines.experiments.arms import ARMS
+from pipelines.experiments import Experiment, read_experiment
+from pipelines.experiments.kind import EXPERIMENT_KINDS
 
 _FILES = sorted((Path(__file__).parents[2] / "experiments").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", _FILES, ids=lambda path: path.name)
 def test_the_experiments_of_the_repository_are_well_formed(path: Path) -> None:
-    experiment = Experiment.from_file(path)
+    experiment = read_experiment(path)
     assert experiment.name == path.stem
     assert len(experiment.seeds) >= 3
 
 
-def test_every_arm_can_be_loaded() -> None:
-    assert all(callable(ARMS.load(name)) for name in ARMS)
+@pytest.mark.parametrize("kind", EXPERIMENT_KINDS)
+def test_every_arm_can_be_loaded(kind: str) -> None:
+    arms = EXPERIMENT_KINDS.load(kind).arms
+    assert all(callable(arms.load(name)) for name in arms)
+
+
+@pytest.mark.parametrize("kind", EXPERIMENT_KINDS)
+def test_a_kind_is_complete(kind: str) -> None:
+    made = EXPERIMENT_KINDS.load(kind)()
+    assert made.settings.model_fields["kind"].default == kind
+    assert made.metric
+
+
+def test_an_unknown_kind_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "some.yaml"
+    path.write_text("kind: flexolmoo\nname: some\n")
+    with pytest.raises(
+        CoterieError, match=r"^Unknown experiment kind 'flexolmoo'\. Did you mean 'flexolmo'\?"
+    ) as caught:
+        read_experiment(path)
+    assert caught.value.exit_code == 2
 
 
 def test_settings_survive_their_plain_form(tiny: Experiment) -> None:
