@@ -17,6 +17,8 @@ traceback and exits with ``exit_code``: 2 for bad input, 1 for a failure.
     ├── DataError         text that is missing or not in the stated format
     ├── AssetError        a public asset that could not be fetched or does not match its digest
     └── TrainingError     a training job that failed (exit code 1)
+
+`ExpertWarning` is no error: something an owner should look at before publishing.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ __all__ = [
     "ConsentError",
     "CoterieError",
     "DataError",
+    "ExpertWarning",
     "IntegrityError",
     "ManifestError",
     "OptOutError",
@@ -55,6 +58,10 @@ class CoterieError(Exception):
     def __init__(self, message: str, *, problems: Iterable[str] = ()) -> None:
         self.problems: tuple[str, ...] = tuple(problems)
         super().__init__("\n".join([message, *(f"  - {problem}" for problem in self.problems)]))
+
+
+class ExpertWarning(UserWarning):
+    """An expert that is well formed and probably not what its owner meant."""
 
 
 class UnknownNameError(CoterieError):

@@ -22,6 +22,7 @@ __all__ = [
     "capped",
     "copy_file",
     "fsync_folder",
+    "install_file",
     "iter_chunks",
     "open_regular",
     "path_problems",
@@ -150,16 +151,17 @@ def sha256_file(path: Path, *, follow_symlinks: bool = False) -> str:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write ``data`` beside ``path``, flush it to the disk, then rename it into place."""
-    _install(path, iter([data]))
+    install_file(path, iter([data]))
 
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy one regular file (never a link) atomically and durably to ``target``."""
     with open_regular(source) as stream:
-        _install(target, iter_chunks(stream))
+        install_file(target, iter_chunks(stream))
 
 
-def _install(path: Path, pieces: Iterator[bytes]) -> None:
+def install_file(path: Path, pieces: Iterator[bytes]) -> None:
+    """Write the pieces one after the other beside ``path``, flush them to the disk, then rename into place."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
         with os.fdopen(descriptor, "wb") as stream:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -121,6 +122,7 @@ def _read(path: Path) -> Mapping[str, StoredTensor]:
 
 def _sharded(folder: Path) -> dict[Path, Mapping[str, StoredTensor]]:
     weight_map = _weight_map(folder / _INDEX)
+    _check_present(folder, weight_map)
     shards = {folder / name: _read(folder / name) for name in sorted(set(weight_map.values()))}
     held: dict[str, str] = {}
     problems = []
@@ -138,6 +140,17 @@ def _sharded(folder: Path) -> dict[Path, Mapping[str, StoredTensor]]:
     if problems:
         raise AdmissionError(f"The shards in '{folder}' do not match {_INDEX}:", problems=capped(problems))
     return shards
+
+
+def _check_present(folder: Path, weight_map: Mapping[str, str]) -> None:
+    counts = Counter(weight_map.values())
+    absent = [name for name in sorted(counts) if not (folder / name).exists()]
+    if absent:
+        raise AdmissionError(
+            f"{_INDEX} lists {len(counts)} shards, and {len(absent)} of them are not in '{folder}'; download or copy "
+            "them there:",
+            problems=capped([f"{name}: {counts[name]} tensors" for name in absent]),
+        )
 
 
 def _weight_map(path: Path) -> dict[str, str]:

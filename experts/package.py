@@ -11,6 +11,7 @@ import os
 import shutil
 import stat
 import tempfile
+import warnings
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Literal
 from experts.admission import check_expert
 from experts.base import BaseDescription
 from experts.card import CARD_FILE, MAX_CARD_BYTES, BaseRef, ExpertCard, FileEntry, Terms, TrainingInfo
-from experts.errors import AdmissionError, CardError
+from experts.errors import AdmissionError, CardError, ExpertWarning
 from experts.files import (
     capped,
     copy_file,
@@ -88,7 +89,7 @@ def pack(
     optout_class: Literal["exact", "recompose", "retrain"] = "exact",
     kind: str | None = None,
 ) -> ExpertCard:
-    """Make a publishable expert out of a PEFT adapter folder or a folder of kind ``ffn``.
+    """Make a publishable expert out of a PEFT adapter folder, a folder of kind ``ffn``, or a whole model.
 
     Nothing appears under ``staging`` unless everything succeeded.
 
@@ -113,6 +114,7 @@ def pack(
     Raises:
         AdmissionError: The folder holds something that is not allowed, or ``staging`` is in use.
         CardError: A field of the card is not allowed.
+        ExpertWarning: (a warning) A whole model is the base itself.
         UnknownNameError: ``name`` or ``kind`` is malformed or unknown.
     """
     owner = check_expert_name(name).partition("/")[0]
@@ -121,10 +123,14 @@ def pack(
         raise AdmissionError(f"'{staging}' exists and is not an empty folder; name another one.")
     expert_kind = get_kind(kind) if kind else detect_kind(folder)
     _check_raw(folder, expert_kind, routing)
+    expert_kind.check_raw(folder, base, base_ref)
     partial = _partial_folder(staging)
     try:
-        config = _copy(folder, partial, expert_kind, base_ref, routing)
+        config = _copy_config(folder, partial, expert_kind, base_ref)
         resolved = expert_kind.resolve(config, base)
+        remarks = expert_kind.install_weights(folder, partial / expert_kind.weights_file, base)
+        if routing is not None:
+            copy_file(folder / routing.file, partial / routing.file)
         card = ExpertCard.create(
             format_version=1,
             library_version=_library_version(),
@@ -153,6 +159,8 @@ def pack(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     fsync_folder(staging.parent)
+    for remark in remarks:
+        warnings.warn(f"{name}: {remark}", ExpertWarning, stacklevel=2)
     return card
 
 
@@ -160,19 +168,22 @@ def _check_raw(folder: Path, kind: ExpertKind, routing: RoutingInfo | None) -> N
     """Refuse links, special files, and files that have no place beside an expert, before anything is read."""
     if (folder / CARD_FILE).exists():
         raise AdmissionError(f"'{folder}' is packed already: it holds {CARD_FILE}. Register it as it is.")
-    wanted = {*kind.files, *([routing.file] if routing else [])}
+    wanted = {*kind.raw_files(folder), *([routing.file] if routing else [])}
+    allowed = wanted | _LEFT_BEHIND | kind.left_behind
     found = {path.name: path.lstat() for path in sorted(folder.iterdir())}
     problems = [f"{name}: missing" for name in sorted(wanted - set(found))]
     for name, info in found.items():
         if name == ROUTING_FILE and routing is None:
             problems.append(f"{name}: not described; say what it holds (routing=...) or remove it")
-        elif name not in wanted and name not in _LEFT_BEHIND:
+        elif name not in allowed:
             problems.append(
                 f"{name}: {describe_mode(info.st_mode)} that is no part of a {kind.name} expert; remove it"
             )
+        elif stat.S_ISLNK(info.st_mode) and kind.links_allowed:
+            continue
         elif not stat.S_ISREG(info.st_mode):
             problems.append(f"{name}: {describe_mode(info.st_mode)}; a regular file is needed")
-        elif info.st_nlink != 1:
+        elif info.st_nlink != 1 and not kind.links_allowed:
             problems.append(f"{name}: has {info.st_nlink} hard links; copy the file")
     if problems:
         raise AdmissionError(f"'{folder}' cannot be packed:", problems=capped(problems))
@@ -192,15 +203,11 @@ def _umask() -> int:
     return mask
 
 
-def _copy(
-    folder: Path, target: Path, kind: ExpertKind, base_ref: BaseRef, routing: RoutingInfo | None
-) -> dict[str, object]:
-    """Copy weights and artefacts, write the configuration without the owner's paths; return it."""
+def _copy_config(folder: Path, target: Path, kind: ExpertKind, base_ref: BaseRef) -> dict[str, object]:
+    """Write the configuration without the owner's paths; return it."""
     config = kind.sanitize_config(kind.read_config(folder / kind.config_file), base_ref)
     # the order of keys is kept: the first pattern that matches decides a rank
     write_atomic(target / kind.config_file, (json.dumps(config, indent=2) + "\n").encode())
-    for name in (kind.weights_file, *([routing.file] if routing else [])):
-        copy_file(folder / name, target / name)
     return config
 
 

@@ -21,6 +21,7 @@ __all__ = ["KINDS", "detect_kind", "get_kind"]
 KINDS = PluginTable(
     "expert kind",
     {
+        "dense": "experts.kinds.dense:DenseKind",
         "ffn": "experts.kinds.ffn:FFNKind",
         "lora": "experts.kinds.lora:LoraKind",
     },
@@ -68,4 +69,5 @@ def _hint(folder: Path) -> str:
             ": adapter_model.bin is a pickle, which is never read; save the adapter again with "
             "save_pretrained(..., safe_serialization=True)"
         )
-    return ""
+    hints = (get_kind(name).hint(folder) for name in KINDS)
+    return next((f": {hint}" for hint in hints if hint), "")

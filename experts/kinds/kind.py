@@ -14,7 +14,7 @@ from typing import ClassVar
 from experts.base import BaseDescription, TensorSpec
 from experts.card import BaseRef
 from experts.errors import AdmissionError
-from experts.files import read_bounded
+from experts.files import copy_file, read_bounded
 from experts.strict import load_json
 
 __all__ = ["DTYPES", "ExpertKind", "ResolvedConfig"]
@@ -51,6 +51,10 @@ class ExpertKind(ABC):
     name: ClassVar[str]
     config_file: ClassVar[str]
     weights_file: ClassVar[str]
+    left_behind: ClassVar[frozenset[str]] = frozenset()
+    """Files that may lie beside this kind's own in a raw folder; they are never copied."""
+    links_allowed: ClassVar[bool] = False
+    """Whether the files of a raw folder may be links, as in a download cache; a packed expert never holds one."""
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -61,13 +65,42 @@ class ExpertKind(ABC):
         """Say whether the folder holds this kind's files (whatever is in them)."""
         return all((folder / name).exists() or (folder / name).is_symlink() for name in self.files)
 
+    def raw_files(self, folder: Path) -> tuple[str, ...]:
+        """Return the files of an expert that is not packed yet; `files` unless they take several forms.
+
+        Raises:
+            AdmissionError: The files contradict each other.
+        """
+        return self.files
+
+    def hint(self, folder: Path) -> str | None:
+        """Say why a folder that holds no known kind's files may be meant as this one, and what to do."""
+        return None
+
+    def check_raw(self, folder: Path, base: BaseDescription, base_ref: BaseRef) -> None:
+        """Check what a raw folder holds beside the files that are packed.
+
+        Raises:
+            AdmissionError: It contradicts the base.
+        """
+        return
+
+    def install_weights(self, folder: Path, target: Path, base: BaseDescription) -> list[str]:
+        """Write the packed ``weights_file`` to ``target``, never holding it in memory; return remarks for the owner.
+
+        Raises:
+            AdmissionError: The weights cannot be packed.
+        """
+        copy_file(folder / self.weights_file, target)
+        return []
+
     def read_config(self, path: Path) -> dict[str, object]:
         """Read the configuration file; the path may have any name.
 
         Raises:
             AdmissionError: Not a regular file, or not a JSON object.
         """
-        data = read_bounded(path, max_bytes=MAX_CONFIG_BYTES)
+        data = read_bounded(path, max_bytes=MAX_CONFIG_BYTES, follow_symlinks=self.links_allowed)
         config = load_json(data, what=self.config_file, max_bytes=MAX_CONFIG_BYTES, error=AdmissionError)
         if not isinstance(config, dict):
             raise AdmissionError(f"{self.config_file} is not a JSON object.")

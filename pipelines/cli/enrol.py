@@ -6,9 +6,11 @@ Knows how to complete a folder with a card from the options; checks and storage 
 
 from __future__ import annotations
 
+import os
 import shutil
 import stat
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,7 +64,8 @@ def register(
         Path,
         typer.Argument(
             metavar="PATH",
-            help="A PEFT adapter folder, a folder with ffn.safetensors, or a folder that 'coterie train' wrote.",
+            help="A PEFT adapter folder, a folder with ffn.safetensors, a whole fine-tuned model (config.json and "
+            "model.safetensors or shards), or a folder that 'coterie train' wrote.",
             show_default=False,
         ),
     ],
@@ -222,29 +225,26 @@ def _renumbered(
 
 
 def _pack(path: Path, staging: Path, *, store: Registry, wanted: _Wanted, text: list[Path]) -> ExpertCard:
-    from experts.card import BaseRef
     from experts.package import pack
 
     name, domain, license = _required(wanted, path)
     base = _base(store, wanted.base)
-    ref = BaseRef(
-        name=base.name, fingerprint=base.fingerprint, tokenizer_fingerprint=base.tokenizer_fingerprint
-    )
     source, routing = path, None
     if text and _plain(path):  # anything else is refused by packing, which names every offender
         source, routing = _with_statistics(path, staging.parent, base=base, store=store, text=text)
-    card = pack(
-        source,
-        staging,
-        name=name,
-        version=wanted.version or store.next_version(name),
-        domain=domain,
-        license=license,
-        base=base.description,
-        base_ref=ref,
-        routing=routing,
-        description=wanted.description or "",
-    )
+    with _remarks_noted():
+        card = pack(
+            source,
+            staging,
+            name=name,
+            version=wanted.version or store.next_version(name),
+            domain=domain,
+            license=license,
+            base=base.description,
+            base_ref=base.ref,
+            routing=routing,
+            description=wanted.description or "",
+        )
     if not text:
         note(
             "Note: without --text the expert publishes no statistics, so only routers that need none can reach it."
@@ -252,9 +252,25 @@ def _pack(path: Path, staging: Path, *, store: Registry, wanted: _Wanted, text: 
     return card
 
 
+@contextmanager
+def _remarks_noted() -> Iterator[None]:
+    """Print what packing remarks about an expert as a note."""
+    from experts.errors import ExpertWarning
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ExpertWarning)
+        yield
+    for warning in caught:
+        note(f"Warning: {warning.message}")
+
+
 def _plain(folder: Path) -> bool:
-    """Whether the folder holds nothing but regular files."""
-    return all(stat.S_ISREG(entry.lstat().st_mode) for entry in folder.iterdir())
+    """Whether the folder holds nothing but regular files, and links where its kind of expert may have them."""
+    from experts.kinds import KINDS, get_kind
+
+    linked = any(get_kind(name).links_allowed and get_kind(name).detect(folder) for name in KINDS)
+    modes = [(entry.stat() if linked else entry.lstat()).st_mode for entry in folder.iterdir()]
+    return all(map(stat.S_ISREG, modes))
 
 
 def _required(wanted: _Wanted, path: Path) -> tuple[str, str, str]:
@@ -298,7 +314,10 @@ def _base(store: Registry, name: str | None) -> BaseRecord:
 def _with_statistics(
     path: Path, scratch: Path, *, base: BaseRecord, store: Registry, text: list[Path]
 ) -> tuple[Path, RoutingInfo]:
-    """Copy the raw folder and put statistics of ``text`` beside its weights, taken where the base's public ones are."""
+    """Put statistics of ``text`` beside the raw folder's files, taken where the base's public ones are.
+
+    The files are copied, unless the kind allows links: a whole model is not copied to be copied again.
+    """
     from experts.kinds import detect_kind
     from experts.routing_artifacts import RoutingInfo
     from pipelines.train import public_routing
@@ -308,8 +327,8 @@ def _with_statistics(
 
     documents = read_documents(text)
     raw = scratch / "raw"
-    shutil.copytree(path, raw)
-    kind = detect_kind(raw)
+    kind = detect_kind(path)
+    shutil.copytree(path.resolve(), raw, copy_function=os.symlink if kind.links_allowed else shutil.copy2)
     public = base.routing.statistics if base.routing else None
     layer = (
         public.layer

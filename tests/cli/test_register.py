@@ -265,3 +265,31 @@ def test_an_interrupted_register_leaves_nothing(
     assert (outcome.code, outcome.out, outcome.err) == (130, "", "Interrupted.\n")
     assert sorted(bare.rglob("*")) == before
     assert run("register", packed, registry=bare).code == 0
+
+
+def test_a_whole_model_is_registered_with_statistics_and_never_copied_into_scratch(
+    run: Any, bare: Path, base_folder: Path, texts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied: list[str] = []
+    real = shutil.copy2
+    monkeypatch.setattr(shutil, "copy2", lambda *a, **k: copied.append(str(a[0])) or real(*a, **k))
+    outcome = run(
+        "register", base_folder, "--name", "acme/whole", *RAW, "--text", texts["law"], registry=bare
+    )
+    assert (outcome.code, copied) == (0, [])
+    assert outcome.err == (
+        f"Warning: acme/whole: every tensor in '{_raw(outcome.err)}' is byte for byte the base's: this expert changes "
+        "nothing. Is it the folder that training wrote?\n"
+    )
+    card = run("show", "acme/whole", "--json", registry=bare).json["card"]
+    assert (card["kind"], card["layers"]) == ("dense", [0, 1, 2, 3])
+    assert [file["path"] for file in card["files"]] == [
+        "config.json",
+        "model.safetensors",
+        "routing.safetensors",
+    ]
+
+
+def _raw(text: str) -> str:
+    """The folder named in a remark; statistics were put beside links to the files."""
+    return text.split("'")[1]

@@ -293,7 +293,7 @@ def test_hostile_raw_folder(raw: Path, tmp_path: Path, do_pack: Callable[..., Ex
 
 
 LOOKED_FOR = (
-    ". Looked for:\n  - ffn: config.json and ffn.safetensors\n"
+    ". Looked for:\n  - dense: config.json and model.safetensors\n  - ffn: config.json and ffn.safetensors\n"
     "  - lora: adapter_config.json and adapter_model.safetensors"
 )
 
@@ -337,7 +337,7 @@ def test_bad_names(raw: Path, do_pack: Callable[..., ExpertCard]) -> None:
         do_pack(raw, name="Contracts")
     with pytest.raises(UnknownNameError) as unknown:
         do_pack(raw, kind="fnn")
-    assert str(unknown.value) == "Unknown expert kind 'fnn'. Did you mean 'ffn'? Known: ffn, lora."
+    assert str(unknown.value) == "Unknown expert kind 'fnn'. Did you mean 'ffn'? Known: dense, ffn, lora."
     with pytest.raises(CardError, match="'Apche' is not an SPDX licence expression"):
         do_pack(raw, license="Apche")
     with pytest.raises(CardError) as caught:
