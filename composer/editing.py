@@ -229,7 +229,14 @@ def _changed(manifest: Manifest, staying: Collection[str], new: Joining) -> Mani
 
 
 def _warnings(own: FolderSource, registry: Source | None) -> list[str]:
-    """Say where a fresh build from the registry would differ, because something public is newer there."""
+    """Say that a tuning is lost, and where a fresh build would differ because something public is newer there."""
+    if own.lock.tuned is not None:
+        tuned = "The folder was tuned; the changed one has the weights from before. Tune it again."
+        return [tuned, *_newer(own, registry)]
+    return _newer(own, registry)
+
+
+def _newer(own: FolderSource, registry: Source | None) -> list[str]:
     if registry is None:
         return []
     base = own.lock.base

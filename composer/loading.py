@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from composer.model import ComposedForCausalLM
     from registry import Registry
 
-__all__ = ["left_out", "load"]
+__all__ = ["left_out", "load", "load_untuned"]
 
 
 def load(
@@ -75,6 +75,16 @@ def load(
     return model
 
 
+def load_untuned(folder: Path, *, dtype: Any) -> ComposedForCausalLM:
+    """Load a tuned folder as it was composed, with everybody in it; on the CPU."""
+    lock = Lock.read(folder).untuned
+    members = Members.open(folder, lock, without=())
+    model = _base_model(folder, lock, dtype, None, None)
+    _join(model, members, lock)
+    model.eval()
+    return model
+
+
 def _device(device: Any) -> Any:
     import torch
 
@@ -89,14 +99,14 @@ def left_out(lock: Lock, opt_out: Collection[str], registry: Registry | Path | s
     """Return the owners to leave out: those that are named, and those who are out in the registry now."""
     if isinstance(opt_out, str):
         raise OptOutError(f"opt_out is the string '{opt_out}'. Write {{'{opt_out}'}}.")
-    owners = check_owners(opt_out, lock.owners)
+    owners = check_owners(opt_out, lock.involved)
     if isinstance(registry, str | Path):
         from registry import Registry
 
         registry = Registry(registry)
     if registry is not None:
         revoked = {entry.owner for entry in registry.opt_outs()}
-        owners |= revoked & set(lock.owners)
+        owners |= revoked & set(lock.involved)
     return owners
 
 
@@ -140,9 +150,14 @@ def _join(model: ComposedForCausalLM, members: Members, lock: Lock) -> None:
     model.membership = Membership(
         experts=tuple(member.locked.name for member in members.experts),
         owners=tuple(member.locked.owner for member in members.experts),
-        known_owners=frozenset(lock.owners),
+        known_owners=frozenset(lock.involved),
         digest=members.lock.membership_digest,
         folder=str(members.folder),
     )
     RECIPES.load(lock.recipe)().assemble(model, members)
     model.requires_grad_(False)
+    if members.lock.tuned is not None:
+        from composer.tuned import Untuned, apply_tuned
+
+        apply_tuned(model, members.folder, members.lock.tuned)
+        model.untuned = Untuned(members.folder, involved=members.lock.involved)

@@ -8,24 +8,39 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
-from composer.manifest import RouterSpec
+from composer.manifest import RouterSpec, UpcycleSpec
 from experts.card import FileEntry
 from experts.errors import BuildError
 from experts.routing_artifacts import RoutingInfo
 from experts.strict import load_json, validate
 
-__all__ = ["LOCK_NAME", "MAX_LOCK_BYTES", "Lock", "LockedBase", "LockedExpert", "OptOutClass"]
+__all__ = [
+    "LOCK_NAME",
+    "MAX_LOCK_BYTES",
+    "TUNED_FOLDER",
+    "Lock",
+    "LockedBase",
+    "LockedExpert",
+    "LockedTuning",
+    "OptOutClass",
+    "TrainedParts",
+]
 
 LOCK_NAME = "composition.json"
+TUNED_FOLDER = "tuned"
 MAX_LOCK_BYTES = 16 << 20
 
 OptOutClass = Literal["exact", "recompose", "retrain"]
 """``exact``: no stored tensor mixes owners. ``recompose``: some do, and leaving rebuilds them. ``retrain``: jointly
 trained weights; leaving needs a state from before."""
+
+
+TrainedParts = Literal["routers", "trunk", "all"]
+"""What was trained after composing: ``routers``; ``trunk``: routers and whatever is no expert; ``all``: everything."""
 
 
 class _Strict(BaseModel):
@@ -59,11 +74,35 @@ class LockedExpert(_Strict):
     layers: tuple[int, ...]
     parameters: int
     files: tuple[FileEntry, ...]
+    positive_prompts: tuple[str, ...] = ()
+    """What the manifest said of its domain, where the scorer asks for it."""
+    negative_prompts: tuple[str, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_absent_prompts(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = handler(self)
+        return {key: value for key, value in data.items() if value or not key.endswith("_prompts")}
 
     @property
     def folder(self) -> str:
         """Where its files are, relative to the composed folder."""
         return f"experts/{self.digest}"
+
+
+class LockedTuning(_Strict):
+    """Weights that were trained after composing; they stand in files of their own, beside what they started from."""
+
+    trained: TrainedParts
+    files: tuple[FileEntry, ...]
+    """Under ``tuned/``."""
+    owners: tuple[str, ...]
+    """Whose text or experts the weights were computed from, sorted: every one of them is in every tensor."""
+    text_owners: tuple[str, ...]
+    """Whose text was trained on, sorted."""
+    optout_class: OptOutClass
+    """Of the composition before."""
+    settings: dict[str, str | int | float | bool | None]
+    """The job without its paths."""
 
 
 class Lock(_Strict):
@@ -76,12 +115,43 @@ class Lock(_Strict):
     manifest_sha256: str
     base: LockedBase
     router: RouterSpec
+    upcycle: UpcycleSpec | None = None
+    """How dense models become one mixture, written out; null for other recipes."""
     dtype: str | None
     experts: tuple[LockedExpert, ...]
     """In canonical order, which is by name; the id of the first one is 1."""
     optout_class: OptOutClass
     lineage: dict[str, tuple[str, ...]]
     """Path inside the folder -> the owners whose data it was computed from."""
+    tuned: LockedTuning | None = None
+    """What was trained after composing, if anything; it counts only where nobody is left out."""
+
+    @model_serializer(mode="wrap")
+    def _without_absent_parts(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave keys out that say nothing: libraries that do not know them can read such folders."""
+        data: dict[str, Any] = handler(self)
+        return {
+            key: value for key, value in data.items() if value is not None or key not in ("tuned", "upcycle")
+        }
+
+    @property
+    def involved(self) -> tuple[str, ...]:
+        """Everybody whose experts or text are in here, sorted."""
+        return tuple(sorted({*self.owners, *(self.tuned.owners if self.tuned else ())}))
+
+    @property
+    def untuned(self) -> Self:
+        """The lock of the composition as it was before any tuning."""
+        if self.tuned is None:
+            return self
+        files = {f"{TUNED_FOLDER}/{entry.path}" for entry in self.tuned.files}
+        return self.model_copy(
+            update={
+                "tuned": None,
+                "optout_class": self.tuned.optout_class,
+                "lineage": {path: who for path, who in self.lineage.items() if path not in files},
+            }
+        )
 
     @property
     def owners(self) -> tuple[str, ...]:
@@ -89,10 +159,11 @@ class Lock(_Strict):
         return tuple(sorted({expert.owner for expert in self.experts}))
 
     def without(self, owners: Collection[str]) -> Self:
-        """Return the lock of the composition that these owners never joined."""
-        experts = tuple(expert for expert in self.experts if expert.owner not in owners)
-        lineage = {path: who for path, who in self.lineage.items() if not set(who) & set(owners)}
-        return self.model_copy(update={"experts": experts, "lineage": lineage})
+        """Return the lock of the composition that these owners never joined; what was tuned holds all of them."""
+        kept = self.untuned if set(owners) & set(self.involved) else self
+        experts = tuple(expert for expert in kept.experts if expert.owner not in owners)
+        lineage = {path: who for path, who in kept.lineage.items() if not set(who) & set(owners)}
+        return kept.model_copy(update={"experts": experts, "lineage": lineage})
 
     def to_bytes(self) -> bytes:
         """Return the file's bytes: indented JSON with a fixed order of keys."""
@@ -100,14 +171,18 @@ class Lock(_Strict):
 
     @property
     def membership_digest(self) -> str:
-        """SHA-256 over what decides the logits: base, recipe, router, public artefacts and experts."""
+        """SHA-256 over what decides the logits: base, recipe, router, public artefacts, experts and tuned files."""
         parts = [
             self.base.fingerprint,
             self.base.routing_sha256 or "",
             self.recipe,
             self.router.model_dump_json(),
             *(expert.digest for expert in self.experts),
+            *(entry.sha256 for entry in (self.tuned.files if self.tuned else ())),
         ]
+        if self.upcycle is not None:
+            parts.append(self.upcycle.model_dump_json())
+        parts += [f"{e.positive_prompts}{e.negative_prompts}" for e in self.experts if e.positive_prompts]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     @classmethod

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from composer.lock import Lock, LockedExpert
+from composer.lock import TUNED_FOLDER, Lock, LockedExpert
 from experts.base import BaseDescription
 from experts.card import CARD_FILE, ExpertCard
 from experts.errors import BuildError, IntegrityError
@@ -136,19 +136,20 @@ class Members:
         return BaseDescription.from_json(path.read_bytes())
 
     def check_digests(self) -> None:
-        """Hash every file of the loaded experts.
+        """Hash every file of the loaded experts, and tuned files where they count.
 
         Raises:
             IntegrityError: Bytes differ from what the lock says.
         """
-        for member in self.experts:
-            for entry in member.locked.files:
-                found = sha256_file(member.file(entry.path))
-                if found != entry.sha256:
-                    raise IntegrityError(
-                        f"{member.folder / entry.path} has sha256 {found}, the composition says {entry.sha256}. "
-                        "Build the folder again."
-                    )
+        files = [(member.file(entry.path), entry) for member in self.experts for entry in member.locked.files]
+        if self.lock.tuned is not None:
+            files += [(self.folder / TUNED_FOLDER / entry.path, entry) for entry in self.lock.tuned.files]
+        for path, entry in files:
+            found = sha256_file(path)
+            if found != entry.sha256:
+                raise IntegrityError(
+                    f"{path} has sha256 {found}, the composition says {entry.sha256}. Build the folder again."
+                )
 
     def public(self) -> RoutingArtifacts:
         """Read the anchor's routing artefacts, which nobody owns."""

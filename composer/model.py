@@ -26,6 +26,7 @@ from composer.routing.recent import Recent
 from composer.routing.router import Router
 from composer.routing.state import RouterState, RouterStateLayer
 from composer.routing.types import Groups, group_rows
+from composer.tuned import Untuned
 from experts.errors import OptOutError
 
 __all__ = ["ComposedForCausalLM", "Gate", "Membership"]
@@ -85,6 +86,7 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         self.base = base if base is not None else AutoModelForCausalLM.from_config(config.base_config)
         self.membership = membership or Membership()
         self.gate: Router | None = None
+        self.untuned: Untuned | None = None
         self._requests: Recent[tuple[torch.Tensor, Groups]] = Recent()
         self.post_init()
 
@@ -204,6 +206,23 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         """
         tokens = input_ids if input_ids is not None else inputs_embeds
         assert tokens is not None, "forward needs input_ids or inputs_embeds"
+        before = self._before_tuning(opt_out, allowed, batch=tokens.shape[0])
+        if before is not None:
+            untuned, allowed = before
+            return untuned(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                allowed=allowed,
+                token_mask=token_mask,
+                prompt_length=prompt_length,
+                **kwargs,
+            )
         mask, groups = self._request(opt_out, allowed, tokens)
         state = self._state(past_key_values, mask)
         if prompt_length is not None:
@@ -251,6 +270,10 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         """
         given = inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
         batch = 1 if given is None else given.shape[0]
+        before = self._before_tuning(opt_out, kwargs.get("allowed"), batch=batch)
+        if before is not None:
+            untuned, kwargs["allowed"] = before
+            return untuned.generate(inputs, *args, **kwargs)
         # a tensor, so that beams and return sequences expand it together with the rows
         kwargs["allowed"] = self._allowed(opt_out, kwargs.get("allowed"), batch=batch)
         if given is not None:
@@ -266,6 +289,17 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         if isinstance(mask, torch.Tensor) and mask.dim() == 2:
             inputs["token_mask"] = mask
         return inputs
+
+    def _before_tuning(
+        self, opt_out: OptOut | None, allowed: torch.Tensor | None, *, batch: int
+    ) -> tuple[ComposedForCausalLM, torch.Tensor] | None:
+        """Return the untuned model and who is allowed where a request leaves somebody out of a tuned one."""
+        if self.untuned is None or (opt_out is None and allowed is None):
+            return None
+        mask = self._allowed(opt_out, allowed, batch=batch)
+        if not self.untuned.is_asked(opt_out, mask):
+            return None
+        return self.untuned.model(self), mask
 
     def _allowed(self, opt_out: OptOut | None, allowed: torch.Tensor | None, *, batch: int) -> torch.Tensor:
         members = self.membership

@@ -9,6 +9,12 @@ from composer.lock import Lock
 
 __all__ = ["write_model_card"]
 
+_TRAINED = {
+    "routers": "routers were",
+    "trunk": "routers and everything that is no expert were",
+    "all": "weights were all",
+}
+
 
 def write_model_card(path: Path, lock: Lock, *, description: str = "") -> None:
     """Write ``README.md``.
@@ -72,4 +78,11 @@ def _promise(lock: Lock) -> str:
         )
     if lock.optout_class == "recompose":
         return "some files mix owners; leaving one out rebuilds them from the others' sources, or is refused."
+    if lock.tuned is not None:
+        return (
+            f"after composing, its {_TRAINED[lock.tuned.trained]} trained on text of "
+            f"{', '.join(lock.tuned.text_owners) or 'nobody in particular'}, and every tuned tensor holds "
+            f"{', '.join(lock.tuned.owners)}. What it was trained from is kept: leaving anybody out gives the "
+            "composition from before the training, without them."
+        )
     return "parts were trained jointly; leaving one out needs a state from before they joined."

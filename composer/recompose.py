@@ -6,6 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from composer.building import build
+from composer.lock import LockedExpert
 from composer.manifest import ExpertEntry, Manifest
 from composer.planning import plan
 from composer.source import FolderSource
@@ -39,12 +40,21 @@ def recompose(
         name=source.lock.name,
         recipe=source.lock.recipe,
         base=source.lock.base.name,
-        experts=tuple(ExpertEntry(ref=f"{e.name}@sha256:{e.digest}") for e in kept),
+        experts=tuple(_entry(e) for e in kept),
         opt_out=tuple(sorted(opt_out)),
         router=source.lock.router,
+        upcycle=source.lock.upcycle,
         dtype=source.lock.dtype,  # type: ignore[arg-type]
     )
     return build(plan(manifest, source), out, registry=source)
+
+
+def _entry(expert: LockedExpert) -> ExpertEntry:
+    return ExpertEntry(
+        ref=f"{expert.name}@sha256:{expert.digest}",
+        positive_prompts=expert.positive_prompts,
+        negative_prompts=expert.negative_prompts,
+    )
 
 
 def _base_alone(source: FolderSource, out: Path) -> Path:
@@ -52,12 +62,12 @@ def _base_alone(source: FolderSource, out: Path) -> Path:
     import shutil
 
     from composer.building import link_file, new_folder
-    from composer.lock import LOCK_NAME
+    from composer.lock import LOCK_NAME, TUNED_FOLDER
 
     with new_folder(out) as staging:
         for path in sorted(source.folder.rglob("*")):
             name = path.relative_to(source.folder)
-            if path.is_file() and name.parts[0] != "experts" and name.name != LOCK_NAME:
+            if path.is_file() and name.parts[0] not in ("experts", TUNED_FOLDER) and name.name != LOCK_NAME:
                 (staging / name).parent.mkdir(parents=True, exist_ok=True)
                 if name.name in ("config.json", "README.md"):
                     shutil.copyfile(path, staging / name)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from composer.building import link_file, new_folder
-from composer.lock import LOCK_NAME, Lock
+from composer.lock import LOCK_NAME, TUNED_FOLDER, Lock
 from composer.model_card import write_model_card
 from experts.card import CARD_FILE
 from experts.errors import BuildError
@@ -35,7 +35,8 @@ def save(model: ComposedForCausalLM, out: Path | str) -> Path:
     folder = Path(source)
     _check_unchanged(model, folder)
     lock = Lock.read(folder)
-    kept = lock.without(set(lock.owners) - set(model.owners))
+    absent = set(lock.owners) - set(model.owners)
+    kept = (lock.untuned if model.untuned is None else lock).without(absent)
     with new_folder(Path(out)) as staging:
         for path in sorted(folder.rglob("*")):
             name = path.relative_to(folder).as_posix()
@@ -54,6 +55,8 @@ def save(model: ComposedForCausalLM, out: Path | str) -> Path:
 def _belongs(name: str, lock: Lock) -> bool:
     if name in (LOCK_NAME, "README.md", "config.json"):
         return False  # written anew
+    if name.startswith(f"{TUNED_FOLDER}/"):
+        return name in lock.lineage
     if not name.startswith("experts/"):
         return True
     return name in lock.lineage or name in {f"{e.folder}/{CARD_FILE}" for e in lock.experts}
@@ -67,7 +70,8 @@ def _check_unchanged(model: ComposedForCausalLM, folder: Path) -> None:
     """
     from composer.loading import load
 
-    absent = model.membership.known_owners - set(model.owners)
+    # an owner of text alone is among the known ones; while tuned weights count, nobody is absent
+    absent = set() if model.untuned is not None else model.membership.known_owners - set(model.owners)
     fresh: Any = load(folder, opt_out=absent, dtype=model.dtype)
     theirs = dict(fresh.named_parameters())
     for name, parameter in model.named_parameters():

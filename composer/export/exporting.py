@@ -116,6 +116,11 @@ def plan_export(
     path = Path(folder)
     lock = Lock.read(path)
     without = left_out(lock, opt_out, registry)
+    if lock.tuned is not None and not without:
+        raise BuildError(
+            f"{path} was tuned after composing, and tuned weights cannot be exported yet. Export the folder that was "
+            "tuned, or save the model's state dict yourself."
+        )
     members = Members.open(path, lock, without=without)
     if not members.experts:
         raise BuildError(

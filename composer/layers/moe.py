@@ -30,7 +30,10 @@ class MoELayer(nn.Module):
         present: Ids of the experts that have a block here, in local order from 1.
         num_experts: Experts of the whole model beside the anchor.
         router: This layer's own router, or None to follow the model's.
+        with_anchor: Whether the anchor has a block, the first one; without it nobody is routed there.
     """
+
+    parameter_group = "experts"
 
     def __init__(
         self,
@@ -40,6 +43,7 @@ class MoELayer(nn.Module):
         present: Sequence[int],
         num_experts: int,
         router: Router | None,
+        with_anchor: bool = True,
     ) -> None:
         super().__init__()
         self.layer = layer
@@ -47,8 +51,8 @@ class MoELayer(nn.Module):
         self.router = router
         self.present = tuple(present)
         # an expert without a block here is the anchor here: its W + 0
-        local = [ANCHOR] * (num_experts + 1)
-        for position, expert in enumerate(self.present, start=1):
+        local = [ANCHOR if with_anchor else UNUSED] * (num_experts + 1)
+        for position, expert in enumerate(self.present, start=int(with_anchor)):
             local[expert] = position
         self.is_identity = local == list(range(num_experts + 1))
         self.register_buffer("local", torch.tensor([*local, UNUSED]), persistent=False)

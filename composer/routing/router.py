@@ -34,7 +34,10 @@ class Router(nn.Module):
             is scored, which for linear scores is MetaMoE's context router (arXiv 2605.14289) made causal.
         num_experts: Experts beside the anchor.
         present: Ids that can be routed to here, or None for all of them.
+        with_anchor: Whether the anchor can be routed to.
     """
+
+    parameter_group = "routers"
 
     def __init__(
         self,
@@ -45,9 +48,12 @@ class Router(nn.Module):
         num_experts: int,
         present: Collection[int] | None = None,
         token_weight: float = 0.0,
+        with_anchor: bool = True,
     ) -> None:
         super().__init__()
-        self.present = None if present is None else frozenset((ANCHOR, *present))
+        here = range(1, num_experts + 1) if present is None else present
+        anchor = (ANCHOR,) if with_anchor else ()
+        self.present = None if present is None and with_anchor else frozenset((*anchor, *here))
         self.scorer = scorer
         self.selector = selector
         self.adaptive = selector.adaptive
