@@ -6,7 +6,6 @@ safetensors file. Knows their names, shapes and bounds; knows nothing of how a r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from experts.errors import AdmissionError
-from experts.files import capped, open_regular, path_problems, write_atomic
+from experts.files import open_regular, path_problems, write_atomic
+from experts.routing_checks import check_schema, check_values
 from experts.safetensors_header import Header, StoredTensor, TensorSpec, read_header_from
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ROUTING_FILE",
     "EmbeddingInfo",
+    "NoiseInfo",
     "RoutingArtifacts",
     "RoutingInfo",
     "RowsInfo",
@@ -34,19 +35,32 @@ __all__ = [
 
 ROUTING_FILE = "routing.safetensors"
 
-MAX_ROW_RMS = 8.0
-"""Largest root mean square of a router row's entries. Rows are initialised below 1 and move little; a row far
-above would take every token from the other owners."""
-MAX_BIAS = 1e4
-"""Largest magnitude of an owner's (never positive) router bias."""
-MAX_STATE = 1e6
-"""Largest root mean square of a hidden state's coordinate that statistics may claim."""
-MAX_EMBEDDING = 1e4
-"""Largest magnitude of an entry of a domain embedding."""
-
 _FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Text = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class NoiseInfo(BaseModel):
+    """The differential-privacy guarantee of noisy statistics. It covers the statistics alone, not the weights.
+
+    ``(epsilon, delta)`` for two sets of documents that differ by one document being another, their number being
+    public; by the analytic Gaussian mechanism (Balle, Wang, arXiv 1805.06530, theorem 8).
+    """
+
+    model_config = _FROZEN
+
+    mechanism: Literal["analytic-gaussian"]
+    unit: Literal["document"]
+    epsilon: Annotated[float, Field(gt=0)]
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    release: Literal["mean", "moments"]
+    """``mean``: of the owner's text only the mean state is published, with the public covariance about it."""
+    clip_norm: Annotated[float, Field(gt=0)]
+    """Longest difference of a document's mean state to the public mean."""
+    second_clip_norm: Annotated[float, Field(gt=0)] | None = None
+    """Largest Frobenius norm of a document's second moments about the public mean."""
+    noise_std: Annotated[float, Field(gt=0)]
+    """Standard deviation of the noise on each coordinate of the mean."""
 
 
 class StatisticsInfo(BaseModel):
@@ -59,7 +73,10 @@ class StatisticsInfo(BaseModel):
     normalization: Literal["none", "rms"]
     """``rms``: each state was divided by its root mean square first."""
     tokens: Annotated[int, Field(ge=1)]
+    """States summed; with noise every document counts as one."""
     documents: Annotated[int, Field(ge=1)]
+    noise: NoiseInfo | None = None
+    """None: exact sums."""
 
 
 class RowsInfo(BaseModel):
@@ -205,8 +222,8 @@ class RoutingArtifacts:
             name: TensorSpec(dtype=names.get(array.dtype.name, array.dtype.name), shape=array.shape)
             for name, array in self.tensors.items()
         }
-        _check_schema(specs, self.info, what=f"'{self.info.file}'", hidden_size=None)
-        _check_values(self.tensors, self.info, what=f"'{self.info.file}'")
+        check_schema(specs, self.info, what=f"'{self.info.file}'", hidden_size=None)
+        check_values(self.tensors, self.info, what=f"'{self.info.file}'")
         path = folder / self.info.file
         write_atomic(path, save({name: np.ascontiguousarray(a) for name, a in self.tensors.items()}))
         return path
@@ -228,10 +245,10 @@ class RoutingArtifacts:
         what = f"'{info.file}'"
         with open_regular(file) as stream:
             header = read_header_from(stream, what=what)
-            _check_schema(header.tensors, info, what=what, hidden_size=hidden_size)
+            check_schema(header.tensors, info, what=what, hidden_size=hidden_size)
             tensors = {name: _array(stream.fileno(), tensor) for name, tensor in header.tensors.items()}
         _check_metadata(header, what=what)
-        _check_values(tensors, info, what=what)
+        check_values(tensors, info, what=what)
         return cls(info=info, tensors=tensors)
 
 
@@ -250,108 +267,3 @@ def _check_metadata(header: Header, *, what: str) -> None:
         raise AdmissionError(
             f"{what} carries metadata {sorted(header.metadata)}; only 'format' is allowed. Remove it."
         )
-
-
-def _expected(info: RoutingInfo, hidden_size: int) -> dict[str, TensorSpec]:
-    expected = {}
-    if info.embedding:
-        expected["embedding"] = TensorSpec(dtype="F32", shape=(info.embedding.dim,))
-    for layer in info.rows.layers if info.rows else ():
-        expected[f"row.{layer}.weight"] = TensorSpec(dtype="F32", shape=(hidden_size,))
-        if info.rows and info.rows.has_bias:
-            expected[f"row.{layer}.bias"] = TensorSpec(dtype="F32", shape=(1,))
-    if info.statistics:
-        expected["statistics.count"] = TensorSpec(dtype="F64", shape=(1,))
-        expected["statistics.sum"] = TensorSpec(dtype="F64", shape=(hidden_size,))
-        expected["statistics.scatter"] = TensorSpec(dtype="F64", shape=(hidden_size, hidden_size))
-    return expected
-
-
-def _check_schema(
-    tensors: Mapping[str, TensorSpec], info: RoutingInfo, *, what: str, hidden_size: int | None
-) -> None:
-    from experts.schema import compare_schema
-
-    if hidden_size is None:
-        hidden_size = _width(tensors)
-    problems = compare_schema(tensors, _expected(info, hidden_size))
-    if problems:
-        raise AdmissionError(f"{what} does not hold what it declares:", problems=capped(problems))
-
-
-def _width(tensors: Mapping[str, TensorSpec]) -> int:
-    """Take the width from the first tensor that has it; the others are then held to it."""
-    for name, spec in tensors.items():
-        if name == "statistics.sum" or name.endswith(".weight"):
-            return spec.shape[0] if spec.shape else 1
-    return 1
-
-
-def _check_values(tensors: Mapping[str, NDArray[np.floating]], info: RoutingInfo, *, what: str) -> None:
-    import numpy as np
-
-    problems = [
-        f"tensor '{name}': holds NaN or infinity; every value must be finite"
-        for name, array in tensors.items()
-        if not np.isfinite(array).all()
-    ]
-    problems = problems or [text for name, array in tensors.items() for text in _bounds(name, array)]
-    if not problems and info.statistics is not None:
-        problems = _statistics_problems(tensors, info.statistics)
-    if problems:
-        raise AdmissionError(f"{what} holds values that are not allowed:", problems=capped(problems))
-
-
-def _bounds(name: str, array: NDArray[np.floating]) -> list[str]:
-    import numpy as np
-
-    if name == "embedding":
-        largest = float(np.abs(array).max())
-        if not 0 < largest <= MAX_EMBEDDING:
-            return [
-                f"tensor 'embedding': largest magnitude {largest:.3g}; more than 0 and at most "
-                f"{MAX_EMBEDDING:g} is allowed"
-            ]
-    elif name.endswith(".bias"):
-        value = float(array[0])
-        if not -MAX_BIAS <= value <= 0:
-            return [f"tensor '{name}': {value:g}; an owner's router bias must lie in [{-MAX_BIAS:g}, 0]"]
-    elif name.startswith("row."):
-        rms = math.sqrt(float(np.square(array, dtype=np.float64).mean()))
-        if rms > MAX_ROW_RMS:
-            return [f"tensor '{name}': root mean square {rms:.3g}; at most {MAX_ROW_RMS:g} is allowed"]
-    return []
-
-
-def _statistics_problems(tensors: Mapping[str, NDArray[np.floating]], info: StatisticsInfo) -> list[str]:
-    """Check what must hold of any n, Σx, Σxxᵀ; a full eigenvalue check would take minutes at width 4096."""
-    import numpy as np
-
-    count = float(tensors["statistics.count"][0])
-    total, scatter = tensors["statistics.sum"], tensors["statistics.scatter"]
-    if count != info.tokens:
-        return [
-            f"tensor 'statistics.count': {count:.17g}, but statistics.tokens is {info.tokens}; they must be equal"
-        ]
-    diagonal = np.diagonal(scatter)
-    slack = 1e-6 * float(np.abs(diagonal).max())
-    problems = []
-    if not np.allclose(scatter, scatter.T, rtol=0, atol=slack):
-        problems.append("tensor 'statistics.scatter': not symmetric; it must be the sum of x xᵀ")
-    if float(diagonal.min()) < 0 or float(diagonal.max()) > count * MAX_STATE**2:
-        problems.append(
-            f"tensor 'statistics.scatter': its diagonal must lie between 0 and count * {MAX_STATE**2:g}"
-        )
-    elif info.normalization == "rms" and float(diagonal.sum()) > count * len(total) * (1 + 1e-3):
-        problems.append(
-            f"tensor 'statistics.scatter': trace {float(diagonal.sum()):.6g}; states of unit root mean square have "
-            f"count * width = {count * len(total):.6g}"
-        )
-    elif bool((np.square(scatter) > np.outer(diagonal, diagonal) * (1 + 1e-6) + slack**2).any()):
-        problems.append("tensor 'statistics.scatter': not positive semi-definite; it must be the sum of x xᵀ")
-    if not problems and bool((np.square(total) > count * diagonal * (1 + 1e-6) + slack).any()):
-        problems.append(
-            "tensor 'statistics.sum': too large for statistics.count and statistics.scatter; all three must "
-            "be sums over the same states"
-        )
-    return problems

@@ -109,6 +109,8 @@ def at(name: str, index: Any, value: float) -> Callable[[dict[str, np.ndarray]],
     return change
 
 
+_BLOCK = np.zeros((D, D))
+_BLOCK[:3, :3] = 1
 REFUSED: dict[str, tuple[Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]], str]] = {
     "extra": (
         lambda t: t | {"row.2.weight": np.zeros(D, np.float32)},
@@ -166,6 +168,28 @@ REFUSED: dict[str, tuple[Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]
     "indefinite": (
         lambda t: at("statistics.scatter", (0, 1), 1e3)(at("statistics.scatter", (1, 0), 1e3)(t)),
         f"{HEAD}tensor 'statistics.scatter': not positive semi-definite; it must be the sum of x xᵀ",
+    ),
+    # every pair of coordinates is possible, all three together are not
+    "indefinite in three coordinates": (
+        lambda t: (
+            t
+            | {
+                "statistics.scatter": np.diag([40.0] * 3 + [0.0] * 3)
+                - 36.0 * (_BLOCK - np.diag([1] * 3 + [0] * 3))
+            }
+        ),
+        f"{HEAD}tensor 'statistics.scatter': not positive semi-definite; it must be the sum of x xᵀ",
+    ),
+    "sum beyond the scatter in no coordinate but along (1, 1, 1)": (
+        lambda t: (
+            t
+            | {
+                "statistics.scatter": np.diag([40.0] * 3 + [0.0] * 3),
+                "statistics.sum": np.array([39.0] * 3 + [0.0] * 3),
+            }
+        ),
+        f"{HEAD}tensor 'statistics.sum': too large for statistics.count and statistics.scatter; all three must be "
+        "sums over the same states",
     ),
     "sum too large": (
         scaled("statistics.sum", 1e4),
