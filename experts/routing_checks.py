@@ -146,24 +146,24 @@ def _statistics_problems(tensors: Mapping[str, NDArray[np.floating]], info: Stat
             f"tensor 'statistics.scatter': trace {float(diagonal.sum()):.6g}; states of unit root mean square have "
             f"count * width = {count * len(total):.6g}"
         )
-    elif not _is_positive(scatter):
-        problems.append("tensor 'statistics.scatter': not positive semi-definite; it must be the sum of x xᵀ")
-    if not problems and not _is_positive(scatter - np.outer(total, total) / count, slack=slack):
+    # the covariance's factor is enough: the scatter matrix is the sum of two semi-definite ones then
+    elif not problems and not _is_positive(scatter - np.outer(total, total) / count, slack=slack):
         problems.append(
             "tensor 'statistics.sum': too large for statistics.count and statistics.scatter; all three must "
             "be sums over the same states"
+            if _is_positive(scatter, slack=slack)
+            else "tensor 'statistics.scatter': not positive semi-definite; it must be the sum of x xᵀ"
         )
     return problems
 
 
-def _is_positive(matrix: NDArray[np.floating], *, slack: float | None = None) -> bool:
+def _is_positive(matrix: NDArray[np.floating], *, slack: float) -> bool:
     """Say whether a symmetric matrix is positive semi-definite up to rounding: whether Cholesky's factor exists."""
     import numpy as np
 
     lifted = np.array(matrix, dtype=np.float64)
-    largest = float(np.abs(np.diagonal(lifted)).max())
     # rounding grows with the width; the least normal number lets all-zero states pass
-    lifted[np.diag_indices(len(lifted))] += (slack or _SLACK * largest) * len(lifted) ** 0.5 + 1e-300
+    lifted[np.diag_indices(len(lifted))] += slack * len(lifted) ** 0.5 + 1e-300
     try:
         np.linalg.cholesky(lifted)
     except np.linalg.LinAlgError:
