@@ -6,15 +6,14 @@ out, which is why only comparisons use it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from experts.errors import TrainingError
+from pipelines.train.loop import LoopSettings, one_pass, train
 
 __all__ = ["language_model_loss", "optimize"]
 
@@ -58,43 +57,39 @@ def optimize(
     Raises:
         TrainingError: The loss is not finite.
     """
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    order = torch.empty(0, dtype=torch.int64)
-    losses: list[float] = []
     for parameter in parameters:
         parameter.requires_grad_(True)
-    for step in range(steps):
-        if len(order) < batch_size:
-            order = torch.cat([order, torch.randperm(len(ids), generator=generator)])
-        chosen, order = order[:batch_size], order[batch_size:]
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * _schedule(step, steps=steps, warmup=warmup, cosine=cosine)
-        losses.append(_step(model, ids[chosen], optimizer, parameters))
-        if not math.isfinite(losses[-1]):
-            raise TrainingError(
-                f"The loss is {losses[-1]} at step {step + 1} of {steps}. Lower learning_rate."
-            )
-        if progress is not None:
-            progress(step + 1, steps, losses[-1])
+    result = train(
+        parameters=parameters,
+        undecayed=[],
+        accumulate=one_pass(lambda windows: language_model_loss(model, ids[windows])),
+        plan=_plan(len(ids), steps=steps, batch_size=batch_size, seed=seed),
+        settings=LoopSettings(
+            steps=steps,
+            learning_rate=learning_rate,
+            weight_decay=0.0,
+            warmup=warmup,
+            grad_clip=1.0,
+            checkpoint_every=steps,
+            schedule="cosine" if cosine else "constant",
+        ),
+        checkpoint=None,
+        on_step=lambda done, loss, _: None if progress is None else progress(done, steps, loss),
+    )
     for parameter in parameters:
         parameter.requires_grad_(False)
-    tail = losses[-max(1, steps // 4) :]
-    return sum(tail) / len(tail)
+    return result.loss
 
 
-def _step(model: nn.Module, ids: Tensor, optimizer: Any, parameters: Sequence[nn.Parameter]) -> float:
-    loss = language_model_loss(model, ids)
-    loss.backward()  # type: ignore[no-untyped-call]
-    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return float(loss.detach())
-
-
-def _schedule(step: int, *, steps: int, warmup: int, cosine: bool) -> float:
-    if step < warmup:
-        return (step + 1) / warmup
-    if not cosine:
-        return 1.0
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+def _plan(
+    windows: int, *, steps: int, batch_size: int, seed: int
+) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+    """Go through the windows in a fresh random order per epoch; what is left of one goes before the next."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.empty(0, dtype=torch.int64)
+    plan = torch.empty(steps, batch_size, dtype=torch.int64)
+    for step in range(steps):
+        while len(order) < batch_size:
+            order = torch.cat([order, torch.randperm(windows, generator=generator)])
+        plan[step], order = order[:batch_size], order[batch_size:]
+    return plan.numpy()

@@ -45,6 +45,8 @@ def save_checkpoint(
     tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
     for number, parameter in enumerate(parameters):
         tensors[f"parameter.{number}"] = parameter.detach()
+        if parameter not in optimizer.state:  # it had no gradient yet: nobody was routed to it
+            continue
         for moment in _MOMENTS:
             tensors[f"{moment}.{number}"] = optimizer.state[parameter][moment]
     write_atomic(path, save(tensors, metadata={"state": json.dumps(asdict(state))}))
@@ -63,11 +65,17 @@ def load_checkpoint(
     with safe_open(path, framework="pt") as file:
         stored = json.loads(file.metadata()["state"])
         state = TrainingState(**stored | {"losses": tuple(stored.get("losses", ()))})
+        names = set(file.keys())
         with torch.no_grad():
             for number, parameter in enumerate(parameters):
                 parameter.copy_(file.get_tensor(f"parameter.{number}"))
-                optimizer.state[parameter] = {
-                    moment: file.get_tensor(f"{moment}.{number}").clone() for moment in _MOMENTS
-                }
+                if f"step.{number}" in names:
+                    optimizer.state[parameter] = {
+                        # the step count of AdamW stays on the CPU
+                        moment: file.get_tensor(f"{moment}.{number}").to(
+                            "cpu" if moment == "step" else parameter.device, copy=True
+                        )
+                        for moment in _MOMENTS
+                    }
         torch.set_rng_state(file.get_tensor("rng"))
     return state

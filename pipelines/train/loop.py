@@ -19,7 +19,18 @@ from torch import Tensor, nn
 from experts.errors import TrainingError
 from pipelines.train.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 
-__all__ = ["LoopResult", "LoopSettings", "learning_rate_at", "plan_batches", "train"]
+__all__ = [
+    "Accumulate",
+    "LoopResult",
+    "LoopSettings",
+    "learning_rate_at",
+    "one_pass",
+    "plan_batches",
+    "train",
+]
+
+Accumulate = Callable[[Tensor], float]
+"""Puts the gradients of the windows with the given numbers ``(batch,)`` int64 into the parameters; returns the loss."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,26 +86,40 @@ def learning_rate_at(step: int, settings: LoopSettings) -> float:
     return settings.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
+def one_pass(loss_of: Callable[[Tensor], Tensor]) -> Accumulate:
+    """Take the gradients of a scalar loss in one backward pass."""
+
+    def accumulate(windows: Tensor) -> float:
+        loss = loss_of(windows)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    return accumulate
+
+
 def train(
     *,
     parameters: Sequence[nn.Parameter],
     undecayed: Sequence[nn.Parameter],
-    loss_of: Callable[[Tensor], Tensor],
+    accumulate: Accumulate,
     plan: np.ndarray[Any, np.dtype[np.int64]],
     settings: LoopSettings,
-    checkpoint: Path,
+    checkpoint: Path | None,
     on_step: Callable[[int, float, float], None],
+    keeps_checkpoints: bool = True,
 ) -> LoopResult:
     """Run the steps that are left.
 
     Args:
         parameters: Trained with the settings' weight decay.
         undecayed: Trained without (router rows and biases).
-        loss_of: Loss of the windows with the given numbers ``(batch,)`` int64; a scalar with a gradient.
+        accumulate: See `Accumulate`.
         plan: ``(steps, batch)``, see `plan_batches`.
         settings: The numbers.
-        checkpoint: Written every ``checkpoint_every`` steps and on interruption; continued from if it exists.
+        checkpoint: Written every ``checkpoint_every`` steps and on interruption; continued from if it exists. None:
+            nothing is kept.
         on_step: Called with steps done, loss and seconds so far.
+        keeps_checkpoints: Whether this process writes them; of several that train together, one does.
 
     Raises:
         TrainingError: The loss is not finite.
@@ -108,21 +133,22 @@ def train(
     optimizer = torch.optim.AdamW(
         [g for g in groups if g["params"]], lr=settings.learning_rate, betas=(0.9, 0.95)
     )
-    state = load_checkpoint(checkpoint, parameters=everything, optimizer=optimizer) or TrainingState(
-        step=0, seconds=0.0
-    )
+    state = TrainingState(step=0, seconds=0.0)
+    if checkpoint is not None:
+        state = load_checkpoint(checkpoint, parameters=everything, optimizer=optimizer) or state
     resumed, begin = state.step, time.perf_counter() - state.seconds
     quarter = max(1, settings.steps // 4)
     whole = True  # False while parameters stand between two steps
 
     def store() -> None:
-        save_checkpoint(checkpoint, parameters=everything, optimizer=optimizer, state=state)
+        if checkpoint is not None and keeps_checkpoints:
+            save_checkpoint(checkpoint, parameters=everything, optimizer=optimizer, state=state)
 
     try:
         for step in range(state.step, settings.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, settings)
-            loss = _gradients(loss_of, plan[step], everything, step=step, settings=settings)
+            loss = _gradients(accumulate, plan[step], everything, step=step, settings=settings)
             whole = False
             optimizer.step()
             state = replace(
@@ -149,7 +175,7 @@ def train(
 
 
 def _gradients(
-    loss_of: Callable[[Tensor], Tensor],
+    accumulate: Accumulate,
     windows: np.ndarray[Any, np.dtype[np.int64]],
     parameters: Sequence[nn.Parameter],
     *,
@@ -157,13 +183,12 @@ def _gradients(
     settings: LoopSettings,
 ) -> float:
     """Put the clipped gradients of one batch into the parameters; return the loss."""
-    loss = loss_of(torch.from_numpy(windows))
-    if not math.isfinite(value := float(loss.detach())):
+    value = accumulate(torch.from_numpy(windows))
+    if not math.isfinite(value):
         raise TrainingError(
             f"The loss is {value} at step {step + 1} of {settings.steps}. "
             "Lower learning_rate, lengthen warmup or check the data."
         )
-    loss.backward()  # type: ignore[no-untyped-call]
     if settings.grad_clip > 0:
         torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
     return value

@@ -174,7 +174,7 @@ def _train(job: DomainJob, *, base: ResolvedBase, report: _Reporter) -> ExpertRu
 def _loop(
     job: DomainJob, *, run: ExpertRun, checkpoint: Path, anchor_nll: float | None, report: _Reporter
 ) -> LoopResult:
-    from pipelines.train.loop import LoopSettings, plan_batches, train
+    from pipelines.train.loop import LoopSettings, one_pass, plan_batches, train
 
     plan = plan_batches(
         steps=job.steps,
@@ -217,7 +217,7 @@ def _loop(
     result = train(
         parameters=run.parameters,
         undecayed=run.gate_parameters,
-        loss_of=run.loss,
+        accumulate=one_pass(run.loss),
         plan=plan,
         settings=settings,
         checkpoint=checkpoint,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from experts.errors import TrainingError
-from pipelines.train.loop import LoopSettings, learning_rate_at, plan_batches, train
+from pipelines.train.loop import LoopSettings, learning_rate_at, one_pass, plan_batches, train
 
 SETTINGS = LoopSettings(
     steps=10,
@@ -41,7 +41,7 @@ def _run(tmp_path, problem, *, on_step=lambda *_: None, settings=SETTINGS):
     return train(
         parameters=[weight],
         undecayed=[row],
-        loss_of=loss_of,
+        accumulate=one_pass(loss_of),
         plan=plan,
         settings=settings,
         checkpoint=tmp_path / "checkpoint.safetensors",
