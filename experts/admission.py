@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experts.base import BaseDescription
-from experts.card import CARD_FILE, MAX_CARD_BYTES, ExpertCard
+from experts.card import CARD_FILE, MAX_CARD_BYTES, BaseRef, ExpertCard
+from experts.embedding import embedding_differences
 from experts.errors import AdmissionError
 from experts.files import capped, describe_mode, open_regular, path_problems, read_bounded, sha256_file
 from experts.kinds import get_kind
@@ -25,7 +26,15 @@ from experts.safetensors_header import Header, TensorSpec, read_header_from
 from experts.schema import compare_schema
 from experts.values import TensorValues, scan_tensor
 
-__all__ = ["MAX_RMS", "MAX_VALUE", "ExpertSummary", "check_contents", "check_expert", "check_files"]
+__all__ = [
+    "MAX_RMS",
+    "MAX_VALUE",
+    "ExpertSummary",
+    "check_contents",
+    "check_embedding",
+    "check_expert",
+    "check_files",
+]
 
 MAX_VALUE = 1e4
 """Largest magnitude of a weight. Outliers of published language models stay below 100."""
@@ -77,6 +86,29 @@ def _check_base(card: ExpertCard, base: BaseDescription) -> None:
             f"{card.base.fingerprint}; the base at hand has fingerprint {base.fingerprint}. Equal shapes are not "
             "enough: train the expert on this base, or use the one it was trained on."
         )
+    check_embedding(card.name, card.base, base)
+
+
+def check_embedding(name: str, ref: BaseRef, base: BaseDescription) -> None:
+    """Refuse an expert whose base makes other vectors of the same tensors.
+
+    Raises:
+        AdmissionError: Lists every setting that differs, with both values.
+    """
+    if ref.embedding == base.embedding:
+        return
+    if ref.embedding is None or base.embedding is None:
+        said = "says nothing of" if ref.embedding is None else "describes"
+        raise AdmissionError(
+            f"The card of expert '{name}' {said} embeddings, and the base at hand is "
+            f"{'no' if base.embedding is None else 'an'} embedding model. Train the expert on this base, or use the "
+            "one it was trained on."
+        )
+    raise AdmissionError(
+        f"Expert '{name}' was trained on the base '{ref.name}' with other embedding settings than the base at hand "
+        "has. Train it on this base, or use the one it was trained on:",
+        problems=embedding_differences(ref.embedding, base.embedding, of=("the card", "the base at hand")),
+    )
 
 
 def check_files(folder: Path, card: ExpertCard) -> None:

@@ -13,8 +13,9 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
+from experts.embedding import EmbeddingSpec, read_embedding
 from experts.errors import AdmissionError, IntegrityError
-from experts.ffn_layout import FFNLayout, find_layout
+from experts.ffn_layout import FFNLayout, FoundLayout, find_layout
 from experts.fingerprint import MAX_BASE_TENSORS, Progress, checkpoint_files, describe_checkpoint
 from experts.safetensors_header import DTYPE_BYTES, TensorSpec
 from experts.strict import load_json, validate
@@ -23,6 +24,8 @@ __all__ = ["BaseDescription", "LinearSpec", "TensorSpec"]
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_DESCRIPTION_BYTES = 32 << 20
+ENCODER_PREFIX = "encoder.layer"
+"""Where transformers' encoders without a head keep their layers, and hence what adapters are named after."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,13 +60,16 @@ class BaseDescription:
     """Width between up and down in layer 0; `ffn_linears` has each layer's own."""
     dtype: str
     """Dtype of the feed-forward weights in safetensors' spelling."""
+    embedding: EmbeddingSpec | None = None
+    """How an encoder makes vectors of texts; None for language models."""
 
     @classmethod
     def from_folder(cls, path: Path, *, progress: Progress | None = None) -> Self:
         """Describe a checkpoint folder; every tensor is hashed, in chunks.
 
         Args:
-            path: Holds ``config.json`` and ``model.safetensors`` or shards with their index.
+            path: Holds ``config.json`` and ``model.safetensors`` or shards with their index; for an encoder also
+                the files of sentence-transformers.
             progress: Called with the number of bytes just hashed.
 
         Raises:
@@ -76,13 +82,18 @@ class BaseDescription:
             raise AdmissionError("config.json is not a JSON object.")
         # an unknown layout is reported before the hashing, which may take a minute
         listed = {name: spec for held in checkpoint_files(path).values() for name, spec in held.items()}
-        find_layout(listed, config=config)
+        embedding = _embedding(path, find_layout(listed, config=config), listed, config=config)
         tensors, fingerprint = describe_checkpoint(path, progress=progress)
-        return cls._from_parts(config=config, tensors=tensors, fingerprint=fingerprint)
+        return cls._from_parts(config=config, tensors=tensors, fingerprint=fingerprint, embedding=embedding)
 
     @classmethod
     def _from_parts(
-        cls, *, config: Mapping[str, object], tensors: Mapping[str, TensorSpec], fingerprint: str
+        cls,
+        *,
+        config: Mapping[str, object],
+        tensors: Mapping[str, TensorSpec],
+        fingerprint: str,
+        embedding: EmbeddingSpec | None,
     ) -> Self:
         found = find_layout(tensors, config=config)
         down = tensors[f"{found.layout.name_of('down', prefix=found.prefix, layer=0)}.weight"]
@@ -96,6 +107,7 @@ class BaseDescription:
             hidden_size=down.shape[0],
             intermediate_size=down.shape[1],
             dtype=down.dtype,
+            embedding=embedding,
         )
 
     def ffn_linears(self, layer: int) -> dict[str, LinearSpec]:
@@ -114,7 +126,7 @@ class BaseDescription:
         )
 
     def layer_linears(self) -> dict[str, tuple[int, int]]:
-        """Return every linear inside the decoder layers: module name to ``(out_features, in_features)``."""
+        """Return every linear inside the layers: module name to ``(out_features, in_features)``."""
         return {
             name.removesuffix(".weight"): (spec.shape[0], spec.shape[1])
             for name, spec in self.tensors.items()
@@ -122,7 +134,7 @@ class BaseDescription:
         }
 
     def layer_of(self, name: str) -> int | None:
-        """Return the decoder layer that a tensor or module name belongs to, or None."""
+        """Return the layer that a tensor or module name belongs to, or None."""
         if not name.startswith(f"{self.layers_prefix}."):
             return None
         number = name[len(self.layers_prefix) + 1 :].partition(".")[0]
@@ -136,6 +148,8 @@ class BaseDescription:
             "fingerprint": self.fingerprint,
             "tensors": {name: [spec.dtype, list(spec.shape)] for name, spec in self.tensors.items()},
         }
+        if self.embedding is not None:
+            record["embedding"] = self.embedding.model_dump(mode="json")
         return json.dumps(record, sort_keys=True, separators=(",", ":"))
 
     @classmethod
@@ -152,7 +166,26 @@ class BaseDescription:
         tensors = {n: TensorSpec(dtype=d, shape=shape) for n, (d, shape) in sorted(record.tensors.items())}
         if len(tensors) > MAX_BASE_TENSORS or any(spec.dtype not in DTYPE_BYTES for spec in tensors.values()):
             raise IntegrityError("The description of the base lists too many tensors or an unknown dtype.")
-        return cls._from_parts(config=dict(record.config), tensors=tensors, fingerprint=record.fingerprint)
+        return cls._from_parts(
+            config=dict(record.config),
+            tensors=tensors,
+            fingerprint=record.fingerprint,
+            embedding=record.embedding,
+        )
+
+
+def _embedding(
+    path: Path, found: FoundLayout, tensors: Mapping[str, TensorSpec], *, config: Mapping[str, object]
+) -> EmbeddingSpec | None:
+    if not found.layout.encoder:
+        return None
+    if found.prefix != ENCODER_PREFIX:
+        raise AdmissionError(
+            f"The encoder's layers are called '{found.prefix}.N', as in a model with a head; '{ENCODER_PREFIX}.N' is "
+            "needed. Load the folder with sentence-transformers and save it with save_pretrained."
+        )
+    down = tensors[f"{found.layout.name_of('down', prefix=found.prefix, layer=0)}.weight"]
+    return read_embedding(path, config=config, hidden_size=down.shape[0])
 
 
 class _Record(BaseModel):
@@ -162,3 +195,4 @@ class _Record(BaseModel):
     config: dict[str, JsonValue]
     fingerprint: str
     tensors: dict[str, tuple[str, tuple[int, ...]]]
+    embedding: EmbeddingSpec | None = None

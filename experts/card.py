@@ -13,6 +13,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from experts.embedding import EmbeddingSpec
 from experts.errors import CardError, UnknownNameError
 from experts.files import path_problems
 from experts.names import check_expert_name, check_owner_name
@@ -75,6 +76,8 @@ class BaseRef(BaseModel):
     revision: Annotated[str, Field(max_length=200)] | None = None
     fingerprint: Digest
     tokenizer_fingerprint: Digest
+    embedding: EmbeddingSpec | None = None
+    """How the anchor makes vectors of texts; None for language models."""
 
 
 class Privacy(BaseModel):

@@ -1,4 +1,4 @@
-"""Where a decoder family keeps its feed-forward linears, recognised from tensor names alone.
+"""Where a model family keeps its feed-forward linears, recognised from tensor names alone.
 
 Knows the name patterns of the families; knows nothing of activation functions or of how the linears are used.
 """
@@ -27,13 +27,15 @@ class FFNLayout:
     """``gated``: down(act(gate x) * up x); ``dense``: down(act(up x)); ``fused``: gate and up in one matrix,
     gate rows first."""
     module: str
-    """The sub-module of a layer that is the feed-forward block."""
+    """The sub-module of a layer that is the feed-forward block; empty where the layer itself holds the linears."""
     linears: Mapping[str, str]
     """Role (``gate``, ``up``, ``down`` or ``gate_up``) to the linear's name within ``module``."""
+    encoder: bool = False
+    """Whether the family reads a text in both directions and is used for embeddings, not for generating."""
 
     def name_of(self, role: str, *, prefix: str, layer: int) -> str:
         """Return the full module name of a linear, without ``.weight``."""
-        return f"{prefix}.{layer}.{self.module}.{self.linears[role]}"
+        return ".".join(part for part in (prefix, str(layer), self.module, self.linears[role]) if part)
 
 
 LAYOUTS: dict[str, FFNLayout] = {
@@ -62,6 +64,14 @@ LAYOUTS: dict[str, FFNLayout] = {
         ),
         # Phi-1, Phi-1.5, Phi-2
         FFNLayout(name="dense_fc", style="dense", module="mlp", linears={"up": "fc1", "down": "fc2"}),
+        # BERT, MiniLM, RoBERTa, XLM-R (E5, BGE), MPNet
+        FFNLayout(
+            name="encoder",
+            style="dense",
+            module="",
+            linears={"up": "intermediate.dense", "down": "output.dense"},
+            encoder=True,
+        ),
     )
 }
 """The layouts that are recognised, most specific first."""
@@ -113,9 +123,8 @@ def find_layout(tensors: Mapping[str, TensorSpec], *, config: Mapping[str, objec
 
 
 def _pattern(layout: FFNLayout) -> str:
-    return f"{layout.name}: " + ", ".join(
-        f"<prefix>.N.{layout.module}.{linear}.weight" for linear in layout.linears.values()
-    )
+    names = (layout.name_of(role, prefix="<prefix>", layer=0) for role in layout.linears)
+    return f"{layout.name}: " + ", ".join(f"{name}.weight".replace(".0.", ".N.", 1) for name in names)
 
 
 def _near_misses(
@@ -129,7 +138,8 @@ def _near_misses(
 def _matches(layout: FFNLayout, tensors: Mapping[str, TensorSpec]) -> list[FoundLayout]:
     """Find every prefix whose layers, counted from 0 without a gap, all have the linears of the layout."""
     names = "|".join(re.escape(linear) for linear in layout.linears.values())
-    pattern = re.compile(rf"(?P<prefix>.+)\.(?P<layer>\d+)\.{re.escape(layout.module)}\.({names})\.weight")
+    module = re.escape(f"{layout.module}." if layout.module else "")
+    pattern = re.compile(rf"(?P<prefix>.+)\.(?P<layer>\d+)\.{module}({names})\.weight")
     layers: defaultdict[str, set[int]] = defaultdict(set)
     for name, spec in tensors.items():
         match = pattern.fullmatch(name)

@@ -6,7 +6,7 @@ Knows which files of a model folder an anchor consists of; knows nothing of the 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Literal, Self
@@ -14,8 +14,9 @@ from typing import Literal, Self
 import sqlalchemy as sa
 from pydantic import BaseModel, ConfigDict
 
-from experts.base import BaseDescription
+from experts.base import ENCODER_PREFIX, BaseDescription
 from experts.card import Digest, FileEntry
+from experts.embedding import EMBEDDING_FILES
 from experts.errors import IntegrityError, RegistryError
 from experts.files import open_regular, sha256_file
 from experts.fingerprint import checkpoint_files, tokenizer_fingerprint
@@ -108,7 +109,7 @@ def add_base(storage: Storage, folder: Path, *, name: str, progress: Progress | 
     doing = f"adding the base '{name}'"
     with storage.staging(doing=doing) as staging:
         # Every byte is read twice, once to copy it and once for the fingerprint.
-        meter = _Meter(progress, total=2 * sum(path.stat().st_size for path in paths))
+        meter = _Meter(progress, total=2 * sum(path.stat().st_size for path in paths.values()))
         files = _stage_files(staging, paths, meter=meter)
         description = BaseDescription.from_folder(staging.folder, progress=meter.advance)
         stored = StoredBase(
@@ -209,8 +210,8 @@ def _check_base_name(name: str) -> None:
         )
 
 
-def _anchor_files(folder: Path) -> list[Path]:
-    """Return the files to take, by name: the checkpoint's own shards and the allow-listed files beside them.
+def _anchor_files(folder: Path) -> dict[str, Path]:
+    """Return the files to take, by path in the folder: the checkpoint's own shards and the listed files beside them.
 
     Links are followed: the caches of model hubs consist of them, and the folder is the user's own.
     """
@@ -218,13 +219,16 @@ def _anchor_files(folder: Path) -> list[Path]:
         raise RegistryError(
             f"The base folder '{folder}' does not exist or is not a folder: give a model's folder."
         )
-    weights = set(checkpoint_files(folder))
-    beside = {
+    weights = checkpoint_files(folder)
+    beside = [
         path
         for path in folder.iterdir()
         if path.is_file() and any(fnmatch.fnmatchcase(path.name, pattern) for pattern in _SIDE_FILES)
-    }
-    return sorted(weights | beside)
+    ]
+    names = {path.name for path in (*weights, *beside)}
+    if any(spec_name.startswith(f"{ENCODER_PREFIX}.") for held in weights.values() for spec_name in held):
+        names |= {name for name in EMBEDDING_FILES if (folder / name).is_file()}
+    return {name: folder / name for name in sorted(names)}
 
 
 class _Meter:
@@ -244,18 +248,17 @@ class _Meter:
         self.advance(self._total - self._done)
 
 
-def _stage_files(staging: Staging, paths: Iterable[Path], *, meter: _Meter) -> tuple[FileEntry, ...]:
+def _stage_files(staging: Staging, paths: Mapping[str, Path], *, meter: _Meter) -> tuple[FileEntry, ...]:
     entries = []
-    for path in paths:
+    for name, path in paths.items():
         with open_regular(path, follow_symlinks=True) as stream:
-            size, sha256 = staging.copy(stream.fileno(), path.name, progress=meter.advance)
-        entries.append(FileEntry(path=path.name, size=size, sha256=sha256))
+            size, sha256 = staging.copy(stream.fileno(), name, progress=meter.advance)
+        entries.append(FileEntry(path=name, size=size, sha256=sha256))
     return tuple(entries)
 
 
-def _require_same_files(record: BaseRecord, folder: Path, paths: list[Path]) -> None:
+def _require_same_files(record: BaseRecord, folder: Path, given: Mapping[str, Path]) -> None:
     """Raise `RegistryError` if the folder's files are not those of the base that has the name."""
-    given = {path.name: path for path in paths}
     stored = {entry.path: entry for entry in record.files}
     problems = [f"'{name}' is not among the base's files" for name in sorted(given.keys() - stored.keys())]
     problems += [f"'{name}' is missing" for name in sorted(stored.keys() - given.keys())]

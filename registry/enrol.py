@@ -10,7 +10,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from experts.admission import check_expert, check_files
+from experts.admission import check_embedding, check_expert, check_files
 from experts.card import CARD_FILE, ExpertCard, FileEntry
 from experts.errors import AdmissionError, RegistryError
 from experts.files import open_regular
@@ -95,7 +95,12 @@ def _find_base(storage: Storage, card: ExpertCard) -> BaseRecord:
         and base.tokenizer_fingerprint == card.base.tokenizer_fingerprint
     ]
     if matching:
-        return next((base for base in matching if base.name == card.base.name), matching[0])
+        # the same tensors may be there twice, with other settings of the embedding
+        fitting = [base for base in matching if base.description.embedding == card.base.embedding]
+        found = fitting or matching
+        record = next((base for base in found if base.name == card.base.name), found[0])
+        check_embedding(card.name, card.base, record.description)
+        return record
     problems = [
         f"base '{base.name}': tensors sha256:{base.fingerprint}, tokenizer "
         f"sha256:{base.tokenizer_fingerprint}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from experts.base import BaseDescription
-    from experts.card import FileEntry
+    from experts.card import BaseRef, FileEntry
     from experts.routing_artifacts import RoutingInfo
 
 __all__ = [
@@ -99,6 +99,18 @@ class BaseRecord:
     def description(self) -> BaseDescription:
         """Config, tensor table and FFN layout, read from the registry at each access."""
         return self.describe()
+
+    @property
+    def ref(self) -> BaseRef:
+        """What the card of an expert made for this base says about it."""
+        from experts.card import BaseRef
+
+        return BaseRef(
+            name=self.name,
+            fingerprint=self.fingerprint,
+            tokenizer_fingerprint=self.tokenizer_fingerprint,
+            embedding=self.description.embedding,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

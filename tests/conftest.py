@@ -143,6 +143,92 @@ class Pico:
             lambda: BaseDescription.from_folder(self.base(family, seed=seed)), "description", family, seed
         )
 
+    # Embedding bases
+
+    def encoder(self, *, seed: int = 0) -> Any:
+        """A fresh BERT with random weights, in evaluation mode."""
+        import torch
+        from transformers import BertConfig, BertModel
+
+        torch.set_num_threads(1)
+        torch.manual_seed(seed)
+        sizes = {key: _SIZES[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+        model = BertModel(
+            BertConfig(
+                **sizes,
+                num_attention_heads=4,
+                vocab_size=len(_syllables()),
+                max_position_embeddings=128,
+                initializer_range=0.2,  # so that different texts get different vectors
+                hidden_dropout_prob=0.1,  # as in published models: whoever forgets eval() is found out
+            )
+        )
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                torch.nn.init.normal_(parameter, mean=0.0 if "bias" in name else 1.0, std=0.1)
+        return model.eval()
+
+    def embedder(
+        self,
+        *,
+        seed: int = 0,
+        pooling: str = "mean",
+        normalize: bool = True,
+        similarity: str = "cosine",
+        max_seq_length: int = 64,
+        prompts: dict[str, str] | None = None,
+    ) -> Path:
+        """The folder of a pico embedding model, as sentence-transformers 6 writes one; shared."""
+        key = (seed, pooling, normalize, similarity, max_seq_length, tuple(sorted((prompts or {}).items())))
+        return self.once(lambda: self._save_embedder(*key[:-1], dict(key[-1])), "embedder", *key)
+
+    def _save_embedder(
+        self, seed: int, pooling: str, normalize: bool, similarity: str, longest: int, prompts: dict[str, str]
+    ) -> Path:
+        folder = self.scratch("embedder")
+        self.encoder(seed=seed).save_pretrained(folder)
+        _wordpieces(longest).save_pretrained(folder)
+        modules = ["base.modules.transformer.Transformer", "sentence_transformer.modules.pooling.Pooling"]
+        modules += ["base.modules.normalize.Normalize"] if normalize else []
+        paths = ["", "1_Pooling", "2_Normalize"]
+        key = "sentence_embedding"
+        files: dict[str, Any] = {
+            "modules.json": [
+                {"idx": n, "name": str(n), "path": paths[n], "type": f"sentence_transformers.{kind}"}
+                for n, kind in enumerate(modules)
+            ],
+            "sentence_bert_config.json": {
+                "transformer_task": "feature-extraction",
+                "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+                "module_output_name": "token_embeddings",
+            },
+            "config_sentence_transformers.json": {
+                "__version__": {"sentence_transformers": "6.2.0"},
+                "default_prompt_name": None,
+                "model_type": "SentenceTransformer",
+                "prompts": {"document": "", "query": "", **prompts},
+                "similarity_fn_name": similarity,
+            },
+            "1_Pooling/config.json": {
+                "embedding_dimension": WIDTH,
+                "pooling_mode": pooling,
+                "include_prompt": True,
+            },
+        }
+        if normalize:
+            files["2_Normalize/config.json"] = {"module_input_name": key, "module_output_name": key}
+        for name, content in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(json.dumps(content, indent=2))
+        return folder
+
+    def embedder_description(self, **settings: Any) -> BaseDescription:
+        """An embedding base as `experts` sees it; the settings are those of `embedder`."""
+        from experts.base import BaseDescription
+
+        folder = self.embedder(**settings)
+        return self.once(lambda: BaseDescription.from_folder(folder), "embedder description", folder)
+
     # Experts
 
     def write_lora(self, folder: Path, *, family: str = "llama", seed: int, **config: Any) -> Path:
@@ -433,6 +519,22 @@ def _tokenizer() -> Any:
     )
 
 
+def _syllables() -> list[str]:
+    """Word pieces that spell every lower-case text: special tokens, characters, syllables, each also inside words."""
+    letters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
+    pairs = [c + v for c in "bcdfghjklmnprstvwxyz" for v in "aeiou"]
+    pieces = [*letters, *pairs]
+    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces, *(f"##{piece}" for piece in pieces)]
+
+
+def _wordpieces(longest: int) -> Any:
+    """A BERT tokenizer over `_syllables` that cuts off after ``longest`` tokens."""
+    from transformers import BertTokenizer
+
+    vocabulary = {piece: number for number, piece in enumerate(_syllables())}
+    return BertTokenizer(vocab=vocabulary, do_lower_case=True, model_max_length=longest)
+
+
 @pytest.fixture(autouse=True)
 def _own_user_folders(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep the user's own registry, caches and settings out of reach."""
@@ -452,6 +554,12 @@ def _own_user_folders(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
 def pico(tmp_path_factory: pytest.TempPathFactory) -> Pico:
     """Pico bases, registries and compositions; see the methods."""
     return Pico(tmp_path_factory.mktemp("pico"))
+
+
+@pytest.fixture(scope="session")
+def pico_embedder(pico: Pico) -> Path:
+    """The folder of a pico embedding model: mean pooling, normalised, cosine, 64 tokens; see `Pico.embedder`."""
+    return pico.embedder()
 
 
 @pytest.fixture

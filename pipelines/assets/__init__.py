@@ -14,6 +14,7 @@ from pipelines.assets.texts import TEXTS, DomainText, domain_text
 
 if TYPE_CHECKING:
     from pipelines.assets.anchor import smollm2
+    from pipelines.assets.embedder import minilm
 
 __all__ = [
     "ASSETS",
@@ -23,6 +24,7 @@ __all__ = [
     "asset_files",
     "cache_folder",
     "domain_text",
+    "minilm",
     "smollm2",
 ]
 
@@ -32,4 +34,8 @@ def __getattr__(name: str) -> Any:
         from pipelines.assets.anchor import smollm2
 
         return smollm2
+    if name == "minilm":
+        from pipelines.assets.embedder import minilm
+
+        return minilm
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

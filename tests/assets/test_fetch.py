@@ -72,11 +72,37 @@ def test_a_member_cannot_leave_the_folder(fake_asset, tmp_path):
     assert not (tmp_path / "evil.txt").exists()
 
 
+def test_below_a_root_the_files_keep_their_paths(fake_asset, tmp_path):
+    made = {
+        "pack/model/config.json": b"{}",
+        "pack/model/1_Pooling/config.json": b"[]",
+        "pack/other.json": b"",
+    }
+    _, download = fake_asset(made, members="pack/model/*", root="pack/model")
+    files = asset_files("fake", cache=tmp_path / "cache", download=download)
+    folder = files[-1].parent
+    assert {path.relative_to(folder).as_posix(): path.read_bytes() for path in files} == {
+        "1_Pooling/config.json": b"[]",
+        "config.json": b"{}",
+    }
+
+
+def test_below_a_root_a_member_cannot_leave_the_folder(fake_asset, tmp_path):
+    _, download = fake_asset(
+        {"pack/model/../../../evil.txt": b"out"}, members="pack/model/*", root="pack/model"
+    )
+    with pytest.raises(AssetError) as caught:
+        asset_files("fake", cache=tmp_path / "cache", download=download)
+    assert str(caught.value) == (
+        "pack-1.0-py3-none-any.whl holds the file 'pack/model/../../../evil.txt', whose path leaves its folder."
+    )
+
+
 def test_unknown_asset_names_the_nearest():
     with pytest.raises(UnknownNameError) as caught:
         asset_files("smolm2")
     assert str(caught.value) == (
-        "Unknown asset 'smolm2'. Did you mean 'smollm2'? Known: gutenberg, icd10cm, smollm2, spdx-licenses."
+        "Unknown asset 'smolm2'. Did you mean 'smollm2'? Known: gutenberg, icd10cm, minilm, smollm2, spdx-licenses."
     )
 
 

@@ -85,7 +85,7 @@ def test_json_round_trip(family: str, base: Base) -> None:
         (
             {"fingerprnt": "x"},
             "description of the base has 1 problem:\n  - fingerprnt: unknown key; did you mean "
-            "'fingerprint'? Allowed: config, fingerprint, format_version, tensors",
+            "'fingerprint'? Allowed: config, embedding, fingerprint, format_version, tensors",
         ),
         (
             {"tensors": {"a": ["F32", ["x"]]}},
@@ -288,6 +288,7 @@ def test_unknown_layout() -> None:
         "  - fused: <prefix>.N.mlp.gate_up_proj.weight, <prefix>.N.mlp.down_proj.weight\n"
         "  - dense_4h: <prefix>.N.mlp.dense_h_to_4h.weight, <prefix>.N.mlp.dense_4h_to_h.weight\n"
         "  - dense_fc: <prefix>.N.mlp.fc1.weight, <prefix>.N.mlp.fc2.weight\n"
+        "  - encoder: <prefix>.N.intermediate.dense.weight, <prefix>.N.output.dense.weight\n"
         "  - not taken: other.layers (gated): 3 layers, the config says 1"
     )
 
