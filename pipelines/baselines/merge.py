@@ -1,13 +1,10 @@
-"""Merging experts into one dense model: weight averages, TIES and DARE, computed by mergekit one tensor at a time.
+"""Merging experts into one dense model: weight averages, TIES and DARE, one tensor at a time.
 
-mergekit gets tensors, never folders: nothing is written, its class-level cache of open checkpoints (which serves a
-folder that was rewritten in place from its old content) stays empty, and bases that it has no table for merge too.
-Knows nothing of how the merged model does.
+Nothing is written, and bases that mergekit has no table for merge too. Knows nothing of how the merged model does.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -15,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from composer import merging
 from experts.errors import DataError, ManifestError
 from pipelines.baselines.arm import DenseArm
 from pipelines.baselines.dense import open_dense
@@ -64,30 +62,27 @@ def merge_tensors(
     Returns:
         By name, in the anchor's dtype and on its device.
     """
-    from mergekit.merge_methods import merge_tensors as merge
-
     merged = {}
     for name in sorted({name for tensors in experts.values() for name in tensors}):
         own = anchor.weight(name)
-        inputs = [own] if with_anchor else []
-        inputs += [tensors.get(name, own) for tensors in experts.values()]
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_seed(seed, name))
-            result = merge(
-                [tensor.cpu() for tensor in inputs],  # so that every device draws and rounds alike
-                method,
-                parameters={"weight": dict(weights), **parameters},
-                ids=[*(["the anchor"] if with_anchor else []), *experts],
-                base_index=0 if with_anchor else None,
-                name=name,
-                dtype=torch.float32,
-            )
+        result = merging.merge_tensors(
+            {_key(domain): tensors.get(name, own) for domain, tensors in experts.items()},
+            method=method,
+            base=own if with_anchor else None,
+            weights={_key(domain): weight for domain, weight in weights.items()},
+            parameters={
+                key: {_key(domain): v for domain, v in value.items()} if isinstance(value, Mapping) else value
+                for key, value in parameters.items()
+            },
+            name=name,
+            seed=seed,
+        )
         merged[name] = result.to(own.device, own.dtype)
     return merged
 
 
-def _seed(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
+def _key(domain: str) -> str:
+    return f"domain {domain}"  # a domain may be called as the base is
 
 
 def make_soup(context: BaselineContext) -> DenseArm:

@@ -1,0 +1,191 @@
+"""Merging one tensor: against mergekit's own table and results, closed forms, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from composer.merging import AVERAGE, METHODS, merge_problems, merge_tensors
+
+
+@pytest.fixture(scope="session")
+def mergekit() -> Any:
+    """Importing it takes seconds."""
+    return pytest.importorskip("mergekit.merge_methods")
+
+
+@pytest.fixture(scope="module")
+def tensors() -> dict[str, Any]:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(6, 8, generator=generator) for name in ("base", "acme/a", "bob/b", "zoe/c")}
+
+
+def test_table_is_mergekits(mergekit: Any) -> None:
+    from mergekit.merge_methods.base import MISSING, BasePolicy, ParameterScope
+
+    specs = {method.spec.name: method.spec for method in mergekit.registered_methods()}
+    assert set(METHODS) - {AVERAGE} == set(specs)
+    policies = {
+        BasePolicy.REQUIRED: "needed",
+        BasePolicy.OPTIONAL: "possible",
+        BasePolicy.IGNORED: "alike",
+    }
+    for name, spec in specs.items():
+        ours, contract = METHODS[name], spec.contract
+        shared = {p.name for p in spec.parameters if p.scope == ParameterScope.SHARED}
+        each = {p.name for p in spec.parameters} - shared
+        assert (name, ours.base) == (name, policies[contract.base])
+        assert (name, ours.weighted) == (name, "weight" in each)
+        assert (name, set(ours.settings), set(ours.each)) == (name, shared, each - {"weight"})
+        missing = {p.name for p in spec.parameters if p.default is MISSING} - {"weight"}
+        assert (name, set(ours.needed)) == (name, missing)
+        alone = int(ours.base == "needed")  # mergekit counts the base among the inputs
+        fewest = max(contract.min_inputs - alone, contract.min_non_base or 0)
+        most = contract.max_non_base or (contract.max_inputs and contract.max_inputs - alone)
+        assert (name, ours.fewest, ours.most) == (name, max(fewest, 1), most)
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {AVERAGE}))
+def test_every_method_is_mergekits(method: str, mergekit: Any, tensors: dict[str, Any]) -> None:
+    import torch
+
+    found = METHODS[method]
+    names = ["acme/a", "bob/b", "zoe/c"][: found.most or 3]
+    parameters = {key: 0.3 for key in found.needed}
+    base = tensors["base"] if found.base == "needed" else None
+    assert merge_problems(method, names, base=base is not None, parameters=parameters) == []
+    ours = merge_tensors(
+        {n: tensors[n] for n in names}, method=method, base=base, parameters=parameters, name="x"
+    )
+    from composer.merging import _tensor_seed
+
+    torch.manual_seed(_tensor_seed(0, "x"))
+    theirs = mergekit.merge_tensors(
+        [*([] if base is None else [base]), *(tensors[n] for n in names)],
+        method,
+        parameters={**parameters, **({"weight": 1.0} if found.weighted else {})},
+        base_index=None if base is None else 0,
+    )
+    assert torch.equal(ours, theirs)
+    assert ours.shape == (6, 8)
+
+
+def test_what_is_drawn_depends_on_seed_and_name_alone(tensors: dict[str, Any], mergekit: Any) -> None:
+    import torch
+
+    def merge(**changes: Any) -> Any:
+        wanted = {"method": "dare_linear", "parameters": {"density": 0.5}, "name": "x", "seed": 1, **changes}
+        return merge_tensors({"acme/a": tensors["acme/a"]}, base=tensors["base"], **wanted)
+
+    torch.manual_seed(7)
+    first, state = merge(), torch.random.get_rng_state()
+    torch.manual_seed(8)
+    assert torch.equal(first, merge())
+    assert not torch.equal(first, merge(name="y"))
+    assert not torch.equal(first, merge(seed=2))
+    torch.manual_seed(7)
+    assert torch.equal(state, torch.random.get_rng_state())  # nobody else's draws are disturbed
+
+
+def test_mean(tensors: dict[str, Any]) -> None:
+    import torch
+
+    a, b, base = tensors["acme/a"], tensors["bob/b"], tensors["base"]
+    pair = {"acme/a": a, "bob/b": b}
+    assert torch.equal(merge_tensors(pair, method=AVERAGE, name="x"), (a + b) / 2)
+    assert torch.equal(merge_tensors(pair, method=AVERAGE, base=base, name="x"), (base + a + b) / 3)
+    weighted = merge_tensors(pair, method=AVERAGE, base=base, weights={"base": 0, "bob/b": 3}, name="x")
+    assert torch.equal(weighted, (a + 3 * b) / 4)
+    halves = {name: tensor.bfloat16() for name, tensor in pair.items()}
+    assert merge_tensors(halves, method=AVERAGE, name="x").dtype == torch.float32
+
+
+def test_a_model_of_weight_zero_is_not_touched(tensors: dict[str, Any]) -> None:
+    import torch
+
+    poisoned = {"acme/a": tensors["acme/a"], "bob/b": torch.full((6, 8), float("nan"))}
+    merged = merge_tensors(poisoned, method=AVERAGE, weights={"bob/b": 0.0}, name="x")
+    assert torch.equal(merged, tensors["acme/a"])
+
+
+def test_settings_of_each_model(tensors: dict[str, Any], mergekit: Any) -> None:
+    import torch
+
+    pair = {name: tensors[name] for name in ("acme/a", "bob/b")}
+    ours = merge_tensors(
+        pair, method="ties", base=tensors["base"], parameters={"density": {"bob/b": 0.5}}, name="x"
+    )
+    theirs = mergekit.merge_tensors(
+        [tensors["base"], *pair.values()],
+        "ties",
+        parameters={"density": [1.0, 0.5], "weight": 1.0},
+        base_index=0,
+    )
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problems"),
+    [
+        ({"method": "tise"}, ["Unknown merge method 'tise'. Did you mean 'ties'? Known: "]),
+        (
+            {"parameters": {"densty": 0.5}},
+            ["parameters: method 'ties' has no 'densty'; did you mean 'density'?"],
+        ),
+        (
+            {"parameters": {"q": 0.5}},
+            [
+                "parameters: method 'ties' has no 'q'; allowed are density, int8_mask, lambda, normalize, rescale",
+            ],
+        ),
+        (
+            {"parameters": {"weight": 0.5}},
+            ["parameters: method 'ties' has no 'weight' (give the models' weights under 'weights')"],
+        ),
+        (
+            {"method": "arcee_fusion", "parameters": {"q": 1}},
+            [
+                "method 'arcee_fusion' merges exactly 1 models beside the base; 2 given",
+                "parameters: method 'arcee_fusion' has no 'q'; it has none",
+            ],
+        ),
+        ({"base": False}, ["method 'ties' merges differences to the base, which is left out"]),
+        (
+            {"method": "slerp", "models": ["acme/a"]},
+            ["parameters: method 'slerp' needs 't'"],
+        ),
+        (
+            {"method": "sce", "weights": {"acme/a": 1.0}},
+            ["weights: method 'sce' has none; leave them out"],
+        ),
+        (
+            {"weights": {"acme/b": 1.0, "base": 1.0}},
+            [
+                "weights: Unknown model 'acme/b'. Did you mean 'acme/a'? Known: acme/a, bob/b.",
+                "weights: Unknown model 'base'. Known: acme/a, bob/b.",
+            ],
+        ),
+        (
+            {"weights": {"acme/a": float("inf")}},
+            ["weights: acme/a has inf; a finite number is needed"],
+        ),
+        (
+            {"method": "average", "base": False, "weights": {"acme/a": 1.0, "bob/b": -1.0}},
+            ["weights: they sum to 0; their mean is not defined"],
+        ),
+        (
+            {"parameters": {"lambda": {"acme/a": 1.0}, "density": {"acme/x": 1.0}}},
+            [
+                "parameters: 'lambda' of method 'ties' is one value for all models",
+                "parameters.density: Unknown model 'acme/x'. Did you mean 'acme/a'? Known: acme/a, bob/b.",
+            ],
+        ),
+    ],
+)
+def test_refusals(arguments: dict[str, Any], problems: list[str]) -> None:
+    wanted = {"method": "ties", "models": ["acme/a", "bob/b"], **arguments}
+    found = merge_problems(wanted.pop("method"), wanted.pop("models"), **wanted)
+    assert [text[: len(start)] for text, start in zip(found, problems, strict=True)] == problems
