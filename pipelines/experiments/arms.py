@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from pipelines.evaluate import Evaluation
 
-__all__ = ["ARMS", "ArmFunction"]
+__all__ = ["ARMS", "COORDINATED", "ArmFunction", "Results", "learned_router", "measured", "plain"]
 
 ArmFunction = Callable[[World], "Mapping[str, Evaluation]"]
 """Results by the name of the arm; most functions give one."""
@@ -32,12 +32,14 @@ ARMS = PluginTable(
         "ties": "pipelines.experiments.arms:ties",
         "btm": "pipelines.experiments.arms:btm",
         "prompt_router": "pipelines.experiments.arms:prompt_router",
-        "btx_public": "pipelines.experiments.arms:btx_public",
-        "btx_joint": "pipelines.experiments.arms:btx_joint",
-        "unrestricted_1x": "pipelines.experiments.arms:unrestricted_1x",
-        "unrestricted_2x": "pipelines.experiments.arms:unrestricted_2x",
+        "btx_public": "pipelines.experiments.joint:btx_public",
+        "btx_joint": "pipelines.experiments.joint:btx_joint",
+        "unrestricted_1x": "pipelines.experiments.joint:unrestricted_1x",
+        "unrestricted_2x": "pipelines.experiments.joint:unrestricted_2x",
+        "unrestricted_frozen_trunk": "pipelines.experiments.joint:unrestricted_frozen_trunk",
+        "pooled": "pipelines.experiments.joint:pooled",
         "paper": "pipelines.experiments.arms:paper",
-        "paper_rt": "pipelines.experiments.arms:paper_rt",
+        "paper_rt": "pipelines.experiments.joint:paper_rt",
         "paper_no_bias": "pipelines.experiments.arms:paper_no_bias",
         "paper_no_init": "pipelines.experiments.arms:paper_no_init",
         "paper_no_coordination": "pipelines.experiments.arms:paper_no_coordination",
@@ -53,7 +55,8 @@ ARMS = PluginTable(
 Results = dict[str, "Evaluation"]
 
 
-def _measure(world: World, model: nn.Module, **options: Any) -> Evaluation:
+def measured(world: World, model: nn.Module, **options: Any) -> Evaluation:
+    """Measure a model on the world's held-out windows."""
     from pipelines.evaluate import measure
 
     return measure(model, world.windows, batch_size=8, **options)
@@ -64,7 +67,7 @@ def _measure(world: World, model: nn.Module, **options: Any) -> Evaluation:
 
 def anchor(world: World) -> Results:
     """The public anchor alone."""
-    return {"anchor": _measure(world, world.anchor())}
+    return {"anchor": measured(world, world.anchor())}
 
 
 def single_experts(world: World) -> Results:
@@ -110,13 +113,14 @@ def oracle(world: World) -> Results:
 def _baseline(world: World, name: str, **options: Any) -> Evaluation:
     from pipelines.baselines import make_baseline, score
 
-    return score(make_baseline(name, world.baselines(_plain(world)), **options), world.windows, batch_size=8)
+    return score(make_baseline(name, world.baselines(plain(world)), **options), world.windows, batch_size=8)
 
 
 # ---------------------------------------------------------------- experts trained alone
 
 
-def _plain(world: World) -> dict[str, str]:
+def plain(world: World) -> dict[str, str]:
+    """Train every owner's expert alone; references by domain."""
     return world.train("plain")
 
 
@@ -126,43 +130,43 @@ def _top_k(world: World) -> dict[str, Any]:
 
 def coterie(world: World) -> Results:
     """Our default: experts trained alone, a router solved from additive statistics, causal context."""
-    model = world.compose("coterie", list(_plain(world).values()), _top_k(world))
-    return {"coterie": _measure(world, model)}
+    model = world.compose("coterie", list(plain(world).values()), _top_k(world))
+    return {"coterie": measured(world, model)}
 
 
 def without_each_owner(world: World) -> Results:
     """Our default with each owner left out by request, and the composition that the owner never joined."""
-    names = _plain(world)
+    names = plain(world)
     model = world.compose("coterie", list(names.values()), _top_k(world))
     results = {}
     for domain in names:
         owner = world.owner(domain)
-        results[f"coterie-without:{domain}"] = _measure(world, model, opt_out=(owner,))
+        results[f"coterie-without:{domain}"] = measured(world, model, opt_out=(owner,))
         rest = [name for other, name in names.items() if other != domain]
         never = world.compose(f"never_{domain}", rest, _top_k(world))
-        results[f"never-joined:{domain}"] = _measure(world, never)
+        results[f"never-joined:{domain}"] = measured(world, never)
     return results
 
 
 def ridge(world: World) -> Results:
     """Our default with the router solved by ridge regression."""
-    model = world.compose("ridge", list(_plain(world).values()), {"scorer": "ridge", **_top_k(world)})
-    return {"ridge": _measure(world, model)}
+    model = world.compose("ridge", list(plain(world).values()), {"scorer": "ridge", **_top_k(world)})
+    return {"ridge": measured(world, model)}
 
 
 def low_rank(world: World) -> Results:
     """Our default with low-rank experts, trained as such."""
     names = world.train("low-rank", kind="lora", rank=world.experiment.rank, learning_rate=None)
     model = world.compose("low_rank", list(names.values()), _top_k(world))
-    return {"low_rank": _measure(world, model)}
+    return {"low_rank": measured(world, model)}
 
 
 # ---------------------------------------------------------------- the paper's recipe
 
-_COORDINATED = {"coordination": True, "bias": {"form": "clamp"}, "statistics": True}
+COORDINATED: Mapping[str, Any] = {"coordination": True, "bias": {"form": "clamp"}, "statistics": True}
 
 
-def _learned(world: World, **options: Any) -> dict[str, Any]:
+def learned_router(world: World, **options: Any) -> dict[str, Any]:
     """Learned rows, token by token, renormalised only where the base's norms need it (the paper does not)."""
     post_norm = world.registry.base(BASE).description.config.get("model_type") == "olmo2"
     router = {"scorer": "learned", "context": "token", "normalize": not post_norm, **_top_k(world)}
@@ -170,23 +174,23 @@ def _learned(world: World, **options: Any) -> dict[str, Any]:
 
 
 def _learned_arm(world: World, arm: str, names: Mapping[str, str]) -> Results:
-    return {arm: _measure(world, world.compose(arm, list(names.values()), _learned(world)))}
+    return {arm: measured(world, world.compose(arm, list(names.values()), learned_router(world)))}
 
 
 def paper(world: World) -> Results:
     """Coordinated experts, rows from the domain, negative bias, no training together."""
-    return _learned_arm(world, "paper", world.train("paper", **_COORDINATED))
+    return _learned_arm(world, "paper", world.train("paper", **COORDINATED))
 
 
 def paper_no_bias(world: World) -> Results:
     """Trained and composed without the negative bias."""
-    names = world.train("no-bias", **{**_COORDINATED, "bias": False})
+    names = world.train("no-bias", **{**COORDINATED, "bias": False})
     return _learned_arm(world, "paper_no_bias", names)
 
 
 def paper_no_init(world: World) -> Results:
     """Rows that start at random and no bias (the paper takes one away after the other)."""
-    names = world.train("no-init", **{**_COORDINATED, "bias": False, "row_init": "random"})
+    names = world.train("no-init", **{**COORDINATED, "bias": False, "row_init": "random"})
     return _learned_arm(world, "paper_no_init", names)
 
 
@@ -194,100 +198,5 @@ def paper_no_coordination(world: World) -> Results:
     """Experts trained alone, put together under rows that are the means of their domains."""
     from pipelines.experiments.rows import experts_with_rows
 
-    names = experts_with_rows(world, "rows", _plain(world), init="mean")
+    names = experts_with_rows(world, "rows", plain(world), init="mean")
     return _learned_arm(world, "paper_no_coordination", names)
-
-
-def paper_rt(world: World) -> Results:
-    """The paper's composition with its rows and biases trained on public text that looks like the owners'."""
-    from pipelines.experiments.proxies import proxy_windows
-
-    names = world.train("paper", **_COORDINATED)
-    model = world.compose("paper", list(names.values()), _learned(world))
-    _tune_routers(world, model, proxy_windows(world, model), "paper_rt")
-    return {"paper_rt": _measure(world, model)}
-
-
-# ---------------------------------------------------------------- trained together
-
-
-def _tune_routers(world: World, model: Any, ids: Any, arm: str) -> None:
-    """Train the gates alone; the biases too, where there are any."""
-    from composer.layers.moe import MoELayer
-    from pipelines.experiments.optimize import optimize
-
-    routers = [module.router for module in model.modules() if isinstance(module, MoELayer)]
-    gates = [router.scorer for router in routers if router is not None]
-    budget = world.experiment.tuning
-    optimize(
-        model,
-        ids,
-        parameters=[parameter for gate in gates for parameter in gate.parameters()],
-        steps=budget.steps,
-        batch_size=budget.batch_size,
-        learning_rate=budget.learning_rate,
-        seed=world.seed,
-        cosine=False,
-        progress=lambda done, total, loss: world.tell(f"{arm}: step {done} of {total}, loss {loss:.3f}"),
-    )
-
-
-def _btx(world: World, arm: str, ids: Any) -> Results:
-    from pipelines.experiments.rows import experts_with_rows
-
-    names = experts_with_rows(world, "random-rows", _plain(world), init="random")
-    router = {**_learned(world), "normalize": True}
-    model = world.compose("btx", list(names.values()), router)
-    _tune_routers(world, model, ids, arm)
-    return {arm: _measure(world, model)}
-
-
-def btx_public(world: World) -> Results:
-    """Branch-Train-MiX (arXiv 2403.07816) where nobody shares: routers trained on public text alone."""
-    return _btx(world, "btx_public", world.training_windows(world.texts.public, count=512))
-
-
-def btx_joint(world: World) -> Results:
-    """Branch-Train-MiX as it is meant: routers trained on everybody's text."""
-    return _btx(world, "btx_joint", _pooled(world, count=512))
-
-
-def _pooled(world: World, *, count: int) -> Any:
-    """Windows of every owner's text, equally many of each."""
-    import torch
-
-    share = max(1, count // len(world.experiment.domains))
-    parts = [world.training_windows(documents, count=share) for documents in world.texts.owned.values()]
-    return torch.cat(parts)
-
-
-def _unrestricted(world: World, arm: str, *, times: int) -> Results:
-    from pipelines.experiments.optimize import optimize
-    from pipelines.experiments.rows import copies_with_rows
-
-    model = world.compose(
-        "unrestricted", list(copies_with_rows(world, "copy").values()), {**_learned(world), "normalize": True}
-    )
-    budget = world.experiment.experts
-    steps = times * world.total_steps
-    optimize(
-        model,
-        _pooled(world, count=min(steps * budget.batch_size, 8192)),
-        parameters=list(model.parameters()),
-        steps=steps,
-        batch_size=budget.batch_size,
-        learning_rate=budget.learning_rate,
-        seed=world.seed,
-        progress=lambda done, total, loss: world.tell(f"{arm}: step {done} of {total}, loss {loss:.3f}"),
-    )
-    return {arm: _measure(world, model)}
-
-
-def unrestricted_1x(world: World) -> Results:
-    """One mixture of the same size, everything trained on everybody's text, as many tokens as the owners took."""
-    return _unrestricted(world, "unrestricted_1x", times=1)
-
-
-def unrestricted_2x(world: World) -> Results:
-    """The same with twice the tokens."""
-    return _unrestricted(world, "unrestricted_2x", times=2)
