@@ -1,0 +1,246 @@
+"""Reads test collections: documents, queries and judgements in the BEIR layout, or judgements as TREC writes them.
+
+Knows files and what may be wrong with them; knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from io import BufferedReader, RawIOBase
+from itertools import count
+from pathlib import Path
+from typing import cast
+
+from experts.errors import CoterieError, DataError
+from experts.files import open_regular
+from experts.names import check_owner_name, unknown_name
+
+__all__ = ["Collection", "Document", "read_collection", "read_corpus", "read_judgements", "read_queries"]
+
+_DOCUMENT_KEYS = ("_id", "id", "title", "text", "owner", "metadata", "url")
+_QUERY_KEYS = ("_id", "id", "text", "metadata")
+_LONGEST_LINE = 1 << 24
+_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """One document.
+
+    Attributes:
+        id: Unique in its corpus.
+        text: What is embedded: title and text.
+        owner: Whose it is, for leaving an owner's documents out of results; None: nobody's.
+    """
+
+    id: str
+    text: str
+    owner: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collection:
+    """A corpus with queries and judgements.
+
+    Attributes:
+        name: Of the collection.
+        documents: In the order of the file.
+        queries: Text by query id; those with judgements only.
+        judgements: Grade by query id and document id.
+    """
+
+    name: str
+    documents: Sequence[Document]
+    queries: Mapping[str, str]
+    judgements: Mapping[str, Mapping[str, int]]
+
+
+def read_collection(folder: Path, *, name: str | None = None) -> Collection:
+    """Read a folder with ``corpus.jsonl``, ``queries.jsonl`` and judgements.
+
+    Judgements are ``qrels.tsv`` or ``qrels/test.tsv`` (BEIR: a heading, then query, document, grade), or
+    ``qrels.txt`` or ``qrels.trec`` (TREC: query, iteration, document, grade).
+
+    Raises:
+        DataError: A file is missing, is not text, has a line of another form, or judgements name queries or documents
+            that there are not.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder with corpus.jsonl, queries.jsonl and qrels.tsv.")
+    documents = read_corpus(folder / "corpus.jsonl")
+    queries = read_queries(folder / "queries.jsonl")
+    path = _judgement_file(folder)
+    judgements = read_judgements(path)
+    _check_known(judgements, queries, judgements=path, file="queries.jsonl")
+    known = {document.id for document in documents}
+    judged = dict.fromkeys(document for row in judgements.values() for document in row)
+    _check_known(judged, known, judgements=path, file="corpus.jsonl")
+    return Collection(
+        name=name or folder.name,
+        documents=documents,
+        queries={query: queries[query] for query in judgements},
+        judgements=judgements,
+    )
+
+
+def read_corpus(path: Path) -> tuple[Document, ...]:
+    """Read documents: a JSON object a line with ``_id`` and ``text``, and maybe ``title`` and ``owner``.
+
+    Raises:
+        DataError: The file is missing, is not text, or has a line of another form; an id occurs twice.
+    """
+    seen: dict[str, Document] = {}
+    for number, record in _records(path, _DOCUMENT_KEYS, kind="document"):
+        where = f"{path.name}, line {number}"
+        key = _identity(record, where, seen)
+        parts = _string(record, "title", where), _string(record, "text", where, required=True)
+        text = " ".join(part for part in parts if part)
+        if not text:
+            raise DataError(f"{where}: the document '{key}' is empty. Remove it, or give it a text.")
+        seen[key] = Document(id=key, text=text, owner=_owner(record, where))
+    if not seen:
+        raise DataError(f"{path.name} holds no document. Write one JSON object a line.")
+    return tuple(seen.values())
+
+
+def read_queries(path: Path) -> dict[str, str]:
+    """Read queries by id: a JSON object a line with ``_id`` and ``text``.
+
+    Raises:
+        DataError: The file is missing, is not text, or has a line of another form; a query is empty or occurs twice.
+    """
+    queries: dict[str, str] = {}
+    for number, record in _records(path, _QUERY_KEYS, kind="query"):
+        where = f"{path.name}, line {number}"
+        key = _identity(record, where, queries)
+        queries[key] = _string(record, "text", where, required=True)
+        if not queries[key]:
+            raise DataError(f"{where}: the query '{key}' is empty. Remove it, or give it a text.")
+    if not queries:
+        raise DataError(f"{path.name} holds no query. Write one JSON object a line.")
+    return queries
+
+
+def read_judgements(path: Path) -> dict[str, dict[str, int]]:
+    """Read grades by query id and document id.
+
+    Three columns (BEIR, the heading is optional) or four (TREC, the second is ignored), separated by tabs or blanks.
+
+    Raises:
+        DataError: The file is missing, is not text, or has a line of another form; a pair is judged twice.
+    """
+    judgements: dict[str, dict[str, int]] = {}
+    for number, line in _lines(path):
+        columns = line.split("\t") if "\t" in line else line.split()
+        if number == 1 and columns[0] in {"query-id", "query_id", "qid"}:
+            continue
+        where = f"{path.name}, line {number}"
+        if len(columns) not in (3, 4):
+            raise DataError(
+                f"{where}: {len(columns)} columns; write query, document and grade, separated by tabs."
+            )
+        query, document, grade = columns[0].strip(), columns[-2].strip(), _grade(columns[-1], where)
+        if judgements.setdefault(query, {}).setdefault(document, grade) != grade:
+            raise DataError(f"{where}: the document '{document}' has two grades for the query '{query}'.")
+    if not judgements:
+        raise DataError(f"{path.name} holds no judgement.")
+    return judgements
+
+
+def _grade(text: str, where: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise DataError(f"{where}: the grade {text.strip()!r} is not a whole number.") from None
+
+
+def _judgement_file(folder: Path) -> Path:
+    names = ("qrels.tsv", "qrels/test.tsv", "qrels.txt", "qrels.trec")
+    for name in names:
+        if (folder / name).exists():
+            return folder / name
+    raise DataError(f"{folder} holds no judgements: none of {', '.join(names)} is there.")
+
+
+def _check_known(given: Iterable[str], known: Container[str], *, judgements: Path, file: str) -> None:
+    unknown = [key for key in given if key not in known]
+    if unknown:
+        shown = ", ".join(f"'{key}'" for key in unknown[:_SHOWN]) + (", ..." if len(unknown) > _SHOWN else "")
+        raise DataError(
+            f"{judgements.name} names {len(unknown)} ids that {file} does not hold: {shown}. Check that the files "
+            "belong together."
+        )
+
+
+# ---------------------------------------------------------------- lines
+
+
+def _records(path: Path, keys: Sequence[str], *, kind: str) -> Iterator[tuple[int, dict[str, object]]]:
+    for number, line in _lines(path):
+        where = f"{path.name}, line {number}"
+        try:
+            record = json.loads(line)
+        except (json.JSONDecodeError, RecursionError):
+            raise DataError(f"{where}: not JSON. Write one object a line.") from None
+        if not isinstance(record, dict):
+            raise DataError(f"{where}: not a JSON object. Write one {kind} a line.")
+        for key in record:
+            if key not in keys:
+                raise DataError(f"{where}: {unknown_name(f'key of a {kind}', key, keys)}")
+        yield number, record
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines of a text file, blank ones left out."""
+    with BufferedReader(cast(RawIOBase, open_regular(path, follow_symlinks=True, error=DataError))) as stream:
+        for number in count(1):
+            line = stream.readline(_LONGEST_LINE + 1)
+            if not line:
+                return
+            if len(line) > _LONGEST_LINE:
+                raise DataError(
+                    f"{path.name}, line {number}: longer than {_LONGEST_LINE:,} bytes; is this a text file?"
+                )
+            if text := _text(line, path, number):
+                yield number, text
+
+
+def _text(line: bytes, path: Path, number: int) -> str:
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise DataError(f"{path.name}, line {number}: not UTF-8 text; is this a binary file?")
+    return text.strip()
+
+
+# ---------------------------------------------------------------- fields
+
+
+def _owner(record: Mapping[str, object], where: str) -> str | None:
+    owner = _string(record, "owner", where)
+    try:
+        return check_owner_name(owner) if owner else None
+    except CoterieError as error:
+        raise DataError(f"{where}: {error}") from None
+
+
+def _identity(record: Mapping[str, object], where: str, seen: Container[str]) -> str:
+    key = record.get("_id", record.get("id"))
+    if not isinstance(key, str) or not key.strip():
+        raise DataError(f'{where}: no string under "_id".')
+    if key in seen:
+        raise DataError(f"{where}: the id '{key}' occurs twice. Ids are unique in a file.")
+    return key
+
+
+def _string(record: Mapping[str, object], key: str, where: str, *, required: bool = False) -> str:
+    value = record.get(key)
+    if value is None and not required:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(f'{where}: no string under "{key}".')
+    return value.strip()

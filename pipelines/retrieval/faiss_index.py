@@ -1,0 +1,127 @@
+"""The index kept by faiss (extra ``faiss``), behind the same four methods as the default.
+
+Knows faiss's flat inner-product index and its file; ids and owners stand beside it. Scores are faiss's, in float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experts.errors import CoterieError, DataError
+from experts.files import fsync_folder, write_atomic
+from pipelines.retrieval.index import FILE, IndexInfo, Mask, alone, check_added, check_unchanged, sweep
+from pipelines.retrieval.search import Hit, Vectors, check_queries
+from pipelines.retrieval.segment import SegmentInfo
+
+__all__ = ["FaissIndex"]
+
+
+def _faiss() -> Any:
+    try:
+        import faiss
+    except ModuleNotFoundError:
+        raise CoterieError(
+            "This index needs faiss, which is not installed: pip install 'coterie[faiss]'."
+        ) from None
+    return faiss
+
+
+class FaissIndex:
+    """Exact search by faiss's ``IndexFlatIP``, held in memory whole.
+
+    Documents that are not allowed are skipped by a selector before any product. Equal scores are ranked by id where
+    they are among the documents that faiss returns.
+    """
+
+    def __init__(self, folder: Path, info: IndexInfo) -> None:
+        faiss = _faiss()
+        self.folder = folder
+        self.info = info
+        self.ids: list[str] = []
+        self.owners: list[str | None] = []
+        self._index = faiss.IndexFlatIP(info.dimension)
+        if info.segments:
+            self._read(info.segments[0])
+
+    def _read(self, part: SegmentInfo) -> None:
+        data = (self.folder / f"{part.name}.json").read_bytes()
+        if hashlib.sha256(data).hexdigest() != part.ids_sha256:
+            raise DataError(f"{self.folder} is damaged: {part.name}.json is not what was written.")
+        listed = json.loads(data)
+        self.ids, self.owners = listed["ids"], listed["owners"]
+        packed = np.fromfile(self.folder / f"{part.name}.faiss", dtype=np.uint8)
+        if hashlib.sha256(packed.tobytes()).hexdigest() != listed["faiss_sha256"]:
+            raise DataError(f"{self.folder} is damaged: {part.name}.faiss is not what was written.")
+        self._index = _faiss().deserialize_index(packed)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def add(self, ids: Sequence[str], vectors: Vectors, owners: Sequence[str | None] | None = None) -> None:
+        """Add documents; see `DocumentIndex.add`."""
+        owners = [None] * len(ids) if owners is None else owners
+        check_added(self.info, set(self.ids), ids, vectors, owners)
+        self._index.add(np.ascontiguousarray(vectors, dtype=np.float32))
+        self.ids += ids
+        self.owners += owners
+
+    def remove(self, ids: Collection[str]) -> None:
+        """Remove documents; see `DocumentIndex.remove`."""
+        gone = set(ids)
+        unknown = sorted(gone.difference(self.ids))
+        if unknown:
+            raise DataError(
+                f"The index holds no document '{unknown[0]}' ({len(unknown)} of {len(gone)} are unknown)."
+            )
+        rows = np.array([row for row, key in enumerate(self.ids) if key in gone], dtype=np.int64)
+        self._index.remove_ids(_faiss().IDSelectorBatch(rows))  # the others keep their order
+        kept = [row for row, key in enumerate(self.ids) if key not in gone]
+        self.ids, self.owners = [self.ids[row] for row in kept], [self.owners[row] for row in kept]
+
+    def search(self, queries: Vectors, *, k: int = 10, allow: Mask | None = None) -> list[list[Hit]]:
+        """Find the documents of the largest inner products; see `DocumentIndex.search`."""
+        faiss = _faiss()
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        check_queries(queries, rows=len(self.ids), k=k, allow=allow, dimension=self.info.dimension)
+        options: dict[str, Any] = {}
+        if allow is not None:
+            selector = faiss.IDSelectorBatch(np.flatnonzero(allow).astype(np.int64))
+            options["params"] = faiss.SearchParameters(sel=selector)
+        scores, rows = self._index.search(queries, min(k, len(self.ids)) or 1, **options)
+        return [
+            sorted(
+                (
+                    Hit(id=self.ids[row], score=float(score), owner=self.owners[row])
+                    for score, row in zip(*found, strict=True)
+                    if row >= 0
+                ),
+                key=lambda hit: (-hit.score, hit.id),
+            )
+            for found in zip(scores, rows, strict=True)
+        ]
+
+    def save(self) -> None:
+        """Write a new file beside the old one, then name it in ``index.json``; see `DocumentIndex.save`."""
+        with alone(self.folder):
+            check_unchanged(self.folder, self.info)
+            parts = (self._write(),) if self.ids else ()
+            fsync_folder(self.folder)
+            self.info = self.info.model_copy(update={"segments": parts})
+            write_atomic(self.folder / FILE, self.info.model_dump_json(indent=1).encode() + b"\n")
+            sweep(self.folder, {f"{part.name}.{end}" for part in parts for end in ("faiss", "json")})
+
+    def _write(self) -> SegmentInfo:
+        name = f"segment-{secrets.token_hex(8)}"
+        packed = _faiss().serialize_index(self._index).tobytes()
+        write_atomic(self.folder / f"{name}.faiss", packed)
+        digest = hashlib.sha256(packed).hexdigest()
+        data = json.dumps({"ids": self.ids, "owners": self.owners, "faiss_sha256": digest}).encode()
+        write_atomic(self.folder / f"{name}.json", data)
+        return SegmentInfo(name=name, documents=len(self.ids), ids_sha256=hashlib.sha256(data).hexdigest())

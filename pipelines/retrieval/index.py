@@ -1,0 +1,338 @@
+"""An exact index of document vectors on disk: memory-mapped matrices, searched chunk by chunk.
+
+Knows vectors, ids and owners; knows nothing of models or texts. What `DocumentIndex.save` has returned from survives
+a kill; before that the folder is what it was.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from experts.errors import DataError
+from experts.files import fsync_folder, write_atomic
+from experts.strict import load_json, validate
+from pipelines.retrieval.search import Hit, Vectors, search_exactly
+from pipelines.retrieval.segment import Segment, SegmentInfo
+
+__all__ = [
+    "DocumentIndex",
+    "Index",
+    "IndexInfo",
+    "Mask",
+    "alone",
+    "check_added",
+    "check_unchanged",
+    "create_index",
+    "open_index",
+    "owner_mask",
+    "sweep",
+]
+
+Mask = NDArray[np.bool_]
+"""One truth value a document, in the order of ``ids``: whether it may be found."""
+
+FILE = "index.json"
+_MOST_SEGMENTS = 32
+_MAX_INDEX = 1 << 24
+
+
+class IndexInfo(BaseModel):
+    """``index.json``: what an index is made of."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    format_version: Literal[1] = 1
+    backend: Literal["exact", "faiss"] = "exact"
+    base: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """Digest of the encoder that made the vectors, see `pipelines.retrieval.encoders`."""
+    dimension: int = Field(gt=0, le=1 << 16)
+    segments: tuple[SegmentInfo, ...] = ()
+    """In the order in which documents were added."""
+
+
+class Index(Protocol):
+    """What every kind of index can do. Changes are durable when ``save`` has returned."""
+
+    info: IndexInfo
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Of the documents, in the order in which they were added."""
+
+    @property
+    def owners(self) -> Sequence[str | None]:
+        """Whose each is; None: nobody's."""
+
+    def add(self, ids: Sequence[str], vectors: Vectors, owners: Sequence[str | None] | None = None) -> None:
+        """Add documents that are not there yet."""
+
+    def remove(self, ids: Collection[str]) -> None:
+        """Remove documents, and their bytes at the next ``save``."""
+
+    def search(self, queries: Vectors, *, k: int = 10, allow: Mask | None = None) -> list[list[Hit]]:
+        """Find the ``k`` documents of the largest inner product for every query."""
+
+    def save(self) -> None:
+        """Make the changes so far durable."""
+
+
+def create_index(folder: Path, *, base: str, dimension: int, backend: str = "exact") -> Index:
+    """Make an empty index in a folder that does not exist yet; it appears with the first ``save``.
+
+    Args:
+        folder: The index.
+        base: Digest of the encoder, 64 hexadecimal digits.
+        dimension: Length of the vectors.
+        backend: ``exact``, or ``faiss``, which needs the extra of that name.
+
+    Raises:
+        DataError: Something stands at ``folder`` already.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(
+            f"{folder} exists already. Choose another folder, or add to it with 'coterie index add'."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    info = validate(
+        IndexInfo,
+        {"base": base, "dimension": dimension, "backend": backend},
+        what="the index",
+        error=DataError,
+    )
+    return _backend(backend)(folder, info)
+
+
+def open_index(folder: Path, *, base: str | None = None) -> Index:
+    """Open an index.
+
+    Args:
+        folder: Written by ``save``.
+        base: Digest of the encoder that will be used with it; None: not checked.
+
+    Raises:
+        DataError: There is no index, it is damaged, or another base made it.
+    """
+    if not (folder / FILE).is_file():
+        raise DataError(f"{folder} is not an index: it holds no {FILE}. Make one with 'coterie index'.")
+    for _ in range(8):  # between reading the list and opening its files, a writer may have replaced both
+        info = validate(
+            IndexInfo,
+            load_json(folder / FILE, what=FILE, max_bytes=_MAX_INDEX, error=DataError),
+            what=f"{folder / FILE}",
+            error=DataError,
+        )
+        if base is not None and info.base != base:
+            raise DataError(
+                f"{folder} was built by another base ({info.base[:12]}) than this model's ({base[:12]}); their "
+                "vectors cannot be compared. Use the model's own base, or index the documents again."
+            )
+        try:
+            return _backend(info.backend)(folder, info)
+        except FileNotFoundError as error:
+            missing = error
+    raise DataError(
+        f"{folder} is damaged: {Path(missing.filename or '').name} is missing. Index the documents again."
+    )
+
+
+def _backend(name: str) -> Callable[[Path, IndexInfo], Index]:
+    if name == "faiss":
+        from pipelines.retrieval.faiss_index import FaissIndex
+
+        return FaissIndex
+    return DocumentIndex
+
+
+def check_added(
+    info: IndexInfo,
+    known: Collection[str],
+    ids: Sequence[str],
+    vectors: Vectors,
+    owners: Sequence[str | None],
+) -> None:
+    """Refuse vectors that do not fit.
+
+    Raises:
+        DataError: Shapes differ, a number is not finite, or an id is there already.
+    """
+    if vectors.shape != (len(ids), info.dimension) or len(owners) != len(ids):
+        raise DataError(
+            f"{len(ids)} ids, {len(owners)} owners and vectors of shape {vectors.shape} were given; "
+            f"{len(ids)} vectors of {info.dimension} numbers are needed."
+        )
+    if not np.isfinite(vectors).all():
+        raise DataError("A vector holds numbers that are not finite. Check the encoder.")
+    double = next((key for key in ids if key in known), None)
+    if double is not None:
+        raise DataError(f"The document '{double}' is in the index already. Remove it first; ids are unique.")
+    if len(set(ids)) != len(ids):
+        raise DataError(
+            f"{len(ids)} ids were given, and {len(ids) - len(set(ids))} of them twice. Ids are unique."
+        )
+
+
+def owner_mask(owners: Sequence[str | None], opt_out: Collection[str]) -> Mask | None:
+    """Return which documents may be found when owners are left out; None: all.
+
+    Args:
+        owners: Of the documents.
+        opt_out: Owners whose documents must not be found.
+    """
+    left_out = set(opt_out)
+    return np.array([owner not in left_out for owner in owners], dtype=np.bool_) if left_out else None
+
+
+class DocumentIndex:
+    """The default: exact inner products over memory-mapped float32 matrices, one for every addition.
+
+    Rankings are by the inner product in float64, summed in one fixed order for every document, and by id where it is
+    equal. So they depend on the documents alone: leaving some out gives what an index without them gives, bit for bit.
+    Resident memory is that of the ids; the matrices are mapped, once, whatever the number of experts.
+
+    Args:
+        folder: Of the index; use `create_index` and `open_index`.
+        info: What it is made of.
+    """
+
+    def __init__(self, folder: Path, info: IndexInfo) -> None:
+        self.folder = folder
+        self.info = info
+        self._segments = [Segment.open(folder, part, dimension=info.dimension) for part in info.segments]
+        self._refresh()
+
+    def _refresh(self) -> None:
+        self.ids: list[str] = [key for segment in self._segments for key in segment.ids]
+        self.owners: list[str | None] = [owner for segment in self._segments for owner in segment.owners]
+        self._known = set(self.ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def add(self, ids: Sequence[str], vectors: Vectors, owners: Sequence[str | None] | None = None) -> None:
+        """Add documents.
+
+        Args:
+            ids: Of the documents; none may be in the index.
+            vectors: float32 ``(documents, dimension)``.
+            owners: Whose each is; None: nobody's.
+
+        Raises:
+            DataError: Shapes do not fit, a number is not finite, or an id is there already.
+        """
+        owners = [None] * len(ids) if owners is None else owners
+        check_added(self.info, self._known, ids, vectors, owners)
+        if not ids:
+            return
+        rows = np.ascontiguousarray(vectors, dtype="<f4")
+        self._segments.append(
+            Segment.write(self.folder, ids, owners, iter([rows]), dimension=self.info.dimension)
+        )
+        self.ids += ids
+        self.owners += owners
+        self._known.update(ids)
+
+    def remove(self, ids: Collection[str]) -> None:
+        """Remove documents.
+
+        Raises:
+            DataError: An id is not in the index; nothing is removed then.
+        """
+        gone = set(ids)
+        unknown = sorted(gone - self._known)
+        if unknown:
+            raise DataError(
+                f"The index holds no document '{unknown[0]}' ({len(unknown)} of {len(gone)} are unknown)."
+            )
+        self._segments = [
+            segment.without(gone) if gone.intersection(segment.ids) else segment for segment in self._segments
+        ]
+        self._segments = [segment for segment in self._segments if segment.ids]
+        self._refresh()
+
+    def search(self, queries: Vectors, *, k: int = 10, allow: Mask | None = None) -> list[list[Hit]]:
+        """Find the documents of the largest inner products; those not allowed are not read.
+
+        Args:
+            queries: float32 ``(queries, dimension)``.
+            k: How many for each.
+            allow: Which documents may be found; None: all.
+
+        Returns:
+            For every query at most ``k`` hits, best first, equal scores by ascending id.
+
+        Raises:
+            DataError: Shapes do not fit, or a number is not finite.
+        """
+        return search_exactly(
+            [segment.rows for segment in self._segments],
+            queries,
+            ids=self.ids,
+            owners=self.owners,
+            k=k,
+            allow=allow,
+            dimension=self.info.dimension,
+        )
+
+    def save(self) -> None:
+        """Write ``index.json`` in one step; delete what it no longer names.
+
+        Raises:
+            DataError: Another process changed the index meanwhile; nothing is written then.
+        """
+        with alone(self.folder):
+            check_unchanged(self.folder, self.info)
+            if len(self._segments) > _MOST_SEGMENTS:
+                self._merge()
+            fsync_folder(self.folder)
+            info = self.info.model_copy(
+                update={"segments": tuple(segment.info for segment in self._segments)}
+            )
+            write_atomic(self.folder / FILE, info.model_dump_json(indent=1).encode() + b"\n")
+            self.info = info
+            sweep(self.folder, {name for segment in self._segments for name in segment.names})
+
+    def _merge(self) -> None:
+        """Make one matrix of all, row by row, so that additions of single documents do not pile up."""
+        rows: Iterator[Vectors] = (chunk for segment in self._segments for chunk in segment.chunks())
+        self._segments = [
+            Segment.write(self.folder, self.ids, self.owners, rows, dimension=self.info.dimension)
+        ]
+
+
+def check_unchanged(folder: Path, info: IndexInfo) -> None:
+    """Refuse to write over what another process wrote since this one read ``info``.
+
+    Raises:
+        DataError: Another process changed the index.
+    """
+    path = folder / FILE
+    if path.exists() and json.loads(path.read_bytes()) != info.model_dump(mode="json"):
+        raise DataError(f"Another process changed {folder} meanwhile. Nothing was written; do it again.")
+
+
+def sweep(folder: Path, kept: Collection[str]) -> None:
+    """Delete segments that the index no longer names, and those that a killed process left."""
+    for path in folder.glob("segment-*"):
+        if path.name not in kept:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Let one process at a time write; the system lets go of the lock when the process ends, however it ends."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
