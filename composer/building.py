@@ -24,8 +24,10 @@ from composer.members import BASE_FOLDER, DESCRIPTION_NAME, PUBLIC_FOLDER
 from composer.model_card import write_model_card
 from experts.card import CARD_FILE
 from experts.errors import BuildError
+from experts.names import parse_reference
 
 if TYPE_CHECKING:
+    from composer.manifest import ExpertEntry
     from composer.planning import Plan, PlannedExpert
     from composer.source import Source
 
@@ -244,7 +246,8 @@ def _place_expert(expert: PlannedExpert, registry: Source, place: _Placer) -> No
 
 
 def _lock(plan: Plan) -> Lock:
-    experts = tuple(_locked(expert) for expert in plan.experts)
+    entries = {parse_reference(entry.ref)[0]: entry for entry in plan.manifest.experts}
+    experts = tuple(_locked(expert, entries[expert.card.name]) for expert in plan.experts)
     lineage: dict[str, tuple[str, ...]] = {f"{BASE_FOLDER}/{entry.path}": () for entry in plan.base.files}
     if plan.base.routing is not None:
         lineage[f"{PUBLIC_FOLDER}/{plan.base.routing.file}"] = ()
@@ -263,6 +266,7 @@ def _lock(plan: Plan) -> Lock:
             routing_sha256=plan.base.routing_sha256,
         ),
         router=plan.manifest.router,
+        upcycle=plan.manifest.upcycle,
         dtype=plan.manifest.dtype,
         experts=experts,
         # a recipe may promise less than its files would allow, never more
@@ -271,7 +275,7 @@ def _lock(plan: Plan) -> Lock:
     )
 
 
-def _locked(expert: PlannedExpert) -> LockedExpert:
+def _locked(expert: PlannedExpert, entry: ExpertEntry) -> LockedExpert:
     card = expert.card
     return LockedExpert(
         name=card.name,
@@ -284,6 +288,8 @@ def _locked(expert: PlannedExpert) -> LockedExpert:
         layers=card.layers,
         parameters=expert.record.parameters,
         files=card.files,
+        positive_prompts=entry.positive_prompts,
+        negative_prompts=entry.negative_prompts,
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -17,7 +18,10 @@ from composer.routing.router import Router
 from composer.routing.state import RouterState
 from composer.routing.types import AllowedGroup, RoutingContext, RoutingDecision
 
-__all__ = ["RECORDER", "ForwardPass", "Recorder", "current_forward", "forward_pass"]
+__all__ = ["RECORDER", "Branch", "ForwardPass", "Recorder", "current_forward", "forward_pass"]
+
+Branch = Literal["ffn", "attention"]
+"""Which part of a decoder layer asks: its FFN or its attention."""
 
 Recorder = Callable[[int, RoutingDecision, torch.Tensor | None], None]
 
@@ -38,31 +42,36 @@ class ForwardPass:
     groups: Sequence[AllowedGroup]
     token_mask: torch.Tensor | None = None
     state: RouterState | None = None
-    _decision: RoutingDecision | None = field(default=None)
+    _decisions: dict[Branch, RoutingDecision] = field(default_factory=dict)
 
-    def route(self, router: Router, hidden_states: torch.Tensor, *, layer: int) -> RoutingDecision:
-        """Let a router decide about ``(batch, positions, d)`` states."""
+    def route(
+        self, router: Router, hidden_states: torch.Tensor, *, layer: int, branch: Branch = "ffn"
+    ) -> RoutingDecision:
+        """Let a router decide about ``(batch, positions, d)`` states; who watches sees decisions about FFNs."""
         context = RoutingContext(
             hidden_states=hidden_states,
-            layer=layer,
+            # a router's running sums are kept by layer, and the two branches of one layer must not share them
+            layer=layer if branch == "ffn" else -1 - layer,
             groups=self.groups,
             token_mask=self.token_mask,
             state=self.state,
         )
-        recorder = RECORDER.get()
+        recorder = RECORDER.get() if branch == "ffn" else None
         decision: RoutingDecision = router(context, trace=recorder is not None)
         if recorder is not None:
             recorder(layer, decision, self.token_mask)
         return decision
 
-    def decide(self, router: Router, hidden_states: torch.Tensor, *, layer: int) -> None:
+    def decide(
+        self, router: Router, hidden_states: torch.Tensor, *, layer: int, branch: Branch = "ffn"
+    ) -> None:
         """Take the decision that every expert layer above follows."""
-        self._decision = self.route(router, hidden_states, layer=layer)
+        self._decisions[branch] = self.route(router, hidden_states, layer=layer, branch=branch)
 
-    def decision(self) -> RoutingDecision:
+    def decision(self, branch: Branch = "ffn") -> RoutingDecision:
         """Return the model-wide decision."""
-        assert self._decision is not None, "the gate's layer runs below every expert layer"
-        return self._decision
+        assert branch in self._decisions, "the gate's layer runs below every expert layer"
+        return self._decisions[branch]
 
 
 _CURRENT: ContextVar[ForwardPass | None] = ContextVar("composer_forward_pass", default=None)

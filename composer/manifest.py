@@ -24,7 +24,7 @@ from experts.errors import ManifestError
 from experts.names import check_owner_name, parse_reference
 from experts.strict import load_yaml, validate
 
-__all__ = ["ExpertEntry", "Manifest", "RouterSpec"]
+__all__ = ["AttentionSpec", "ExpertEntry", "Manifest", "RouterSpec", "TrunkSpec", "UpcycleSpec"]
 
 
 class _Strict(BaseModel):
@@ -36,6 +36,21 @@ class ExpertEntry(_Strict):
 
     ref: str
     """``owner/expert``, ``owner/expert@VERSION`` or ``owner/expert@sha256:<card digest>``."""
+    positive_prompts: tuple[str, ...] = ()
+    """Texts of the expert's domain, for a scorer that is made of prompts."""
+    negative_prompts: tuple[str, ...] = ()
+    """Texts that such a scorer should keep away from the expert."""
+
+    @field_validator("positive_prompts", "negative_prompts", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_serializer(mode="wrap")
+    def _short(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave prompts out where there are none."""
+        data: dict[str, Any] = handler(self)
+        return {key: value for key, value in data.items() if value or key == "ref"}
 
     @field_validator("ref")
     @classmethod
@@ -83,6 +98,45 @@ class RouterSpec(_Strict):
         return {key: value for key, value in data.items() if key in self.model_fields_set}
 
 
+class TrunkSpec(_Strict):
+    """How the tensors that no expert has of its own are merged from the dense models."""
+
+    method: str = "average"
+    """``average``: the mean of all models; or a merge method of mergekit, by its name."""
+    weights: dict[str, float] = {}
+    """``owner/expert``, or ``base``, to its weight; 1 where nothing is said."""
+    parameters: dict[str, float | int | str | bool] = {}
+    """Settings of the method."""
+
+
+class AttentionSpec(_Strict):
+    """How attention becomes experts (recipe ``bam``)."""
+
+    kv: Literal["own", "shared"] = "shared"
+    """``own``: every expert has its own keys and values, and a cache of them; ``shared``: all use the trunk's."""
+    top_k: int | None = Field(default=None, ge=1)
+    """Experts whose answers are mixed; null: all of them (soft routing)."""
+
+
+class UpcycleSpec(_Strict):
+    """How dense models become one mixture (recipes ``btx``, ``bam`` and ``sparse_upcycle``)."""
+
+    trunk: Literal["frozen"] | TrunkSpec | None = None
+    """What is not expert: ``frozen``, the base's own tensors, so that opting out is exact; or merged from the base and
+    the experts (``average``, or ``{method: ..., weights: ...}``), so that opting out merges the others anew."""
+    seed_expert: bool | None = None
+    """Whether the base, from which the experts were branched, is one more expert."""
+    attention: AttentionSpec | None = None
+    """Attention experts (``bam``)."""
+    copies: int | None = Field(default=None, ge=2)
+    """Copies of the one model (``sparse_upcycle``)."""
+
+    @field_validator("trunk", mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"method": "average"} if value == "average" else value
+
+
 class Manifest(_Strict):
     """A composition as its builder wants it."""
 
@@ -100,6 +154,8 @@ class Manifest(_Strict):
     """Owners to leave out although their experts are listed."""
     router: RouterSpec = RouterSpec()
     """How tokens find their experts."""
+    upcycle: UpcycleSpec | None = None
+    """How dense models become one mixture; null: the recipe's defaults, or a recipe that takes none."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype the model is loaded in unless asked otherwise; null: the anchor's own."""
     description: str = ""
@@ -128,6 +184,14 @@ class Manifest(_Strict):
             except Exception as error:
                 raise ValueError(str(error)) from None
         return value
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_asked(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave ``upcycle`` out where nothing is said, so that other recipes' digests do not know of it."""
+        data: dict[str, Any] = handler(self)
+        if data.get("upcycle", ...) is None:
+            del data["upcycle"]
+        return data
 
     @classmethod
     def from_file(cls, path: Path | str) -> Self:

@@ -19,8 +19,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
 from composer.configuration import ComposedConfig
-from composer.forward import ForwardPass, current_forward, forward_pass
-from composer.layers.moe import MoELayer
+from composer.forward import Branch, ForwardPass, current_forward, forward_pass
+from composer.layers.attention_cache import widened
 from composer.optout import OptOut, allowed_experts
 from composer.routing.recent import Recent
 from composer.routing.router import Router
@@ -42,6 +42,8 @@ class Membership:
         known_owners: Every owner of the composition, those left out included.
         digest: Identifies the base, the router and the loaded experts; caches carry it.
         folder: The composed folder the model was loaded from, or None.
+        needs_all: Why a request cannot leave anybody out, where it cannot.
+        needs_one: Whether a request must leave some expert in: the anchor is no expert.
     """
 
     experts: tuple[str, ...] = ()
@@ -49,6 +51,8 @@ class Membership:
     known_owners: frozenset[str] = frozenset()
     digest: str = ""
     folder: str | None = None
+    needs_all: str | None = None
+    needs_one: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +90,8 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         self.base = base if base is not None else AutoModelForCausalLM.from_config(config.base_config)
         self.membership = membership or Membership()
         self.gate: Router | None = None
+        self.attention_gate: Router | None = None
+        self.caches_per_layer = 1  # more where attention experts have keys and values of their own
         self.untuned: Untuned | None = None
         self._requests: Recent[tuple[torch.Tensor, Groups]] = Recent()
         self.post_init()
@@ -131,16 +137,18 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         """Owners with at least one loaded expert, sorted."""
         return tuple(sorted(set(self.membership.owners)))
 
-    def install_gate(self, gate: Gate, decoder_layer: nn.Module) -> None:
+    def install_gate(self, gate: Gate, decoder_layer: nn.Module, *, branch: Branch = "ffn") -> None:
         """Let a model-wide router decide on the hidden state that enters ``decoder_layer``."""
-        self.gate = gate.router
-        self.gate_layer = gate.layer
-        decoder_layer.register_forward_pre_hook(self._run_gate, with_kwargs=True)
+        if branch == "ffn":
+            self.gate = gate.router
+        else:
+            self.attention_gate = gate.router
 
-    def _run_gate(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        assert self.gate is not None
-        current_forward().decide(self.gate, hidden_states, layer=self.gate_layer)
+        def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden_states = args[0] if args else kwargs["hidden_states"]
+            current_forward().decide(gate.router, hidden_states, layer=gate.layer, branch=branch)
+
+        decoder_layer.register_forward_pre_hook(run, with_kwargs=True)
 
     # ---------------------------------------------------------------- the embeddings are the base's
 
@@ -224,6 +232,10 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
                 **kwargs,
             )
         mask, groups = self._request(opt_out, allowed, tokens)
+        if self.caches_per_layer > 1:
+            text_config = self.config.get_text_config()
+            wanted = text_config.use_cache if use_cache is None else use_cache
+            past_key_values = widened(past_key_values, text_config, self.caches_per_layer, wanted=wanted)
         state = self._state(past_key_values, mask)
         if prompt_length is not None:
             state.end_prompt_at(prompt_length)
@@ -307,13 +319,30 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             raise OptOutError("Give either opt_out or allowed, not both.")
         if allowed is None:
             sets = () if opt_out is None else opt_out
-            return allowed_experts(sets, batch=batch, owners=members.owners, known=members.known_owners)
+            mask = allowed_experts(sets, batch=batch, owners=members.owners, known=members.known_owners)
+            return self._possible(mask)
         if allowed.shape != (batch, len(members.experts) + 1):
             raise OptOutError(
                 f"allowed has shape {tuple(allowed.shape)}; it must be (batch, experts + 1) = "
                 f"({batch}, {len(members.experts) + 1}), the anchor first."
             )
-        return allowed.to("cpu", torch.bool)
+        return self._possible(allowed.to("cpu", torch.bool))
+
+    def _possible(self, mask: torch.Tensor) -> torch.Tensor:
+        """Return the mask of allowed experts.
+
+        Raises:
+            OptOutError: This composition cannot answer such a request.
+        """
+        members, others = self.membership, mask[:, 1:]
+        if members.needs_all is not None and not bool(others.all()):
+            raise OptOutError(members.needs_all)
+        if members.needs_one and others.shape[1] and not bool(others.any(-1).all()):
+            raise OptOutError(
+                "A row leaves every owner out, and the anchor is no expert here (`seed_expert: false`), so nobody is "
+                "left to answer. Leave somebody in, or use the base itself."
+            )
+        return mask
 
     def _request(
         self, opt_out: OptOut | None, allowed: torch.Tensor | None, tokens: torch.Tensor
@@ -378,8 +407,8 @@ def _token_mask(attention_mask: Any, token_mask: torch.Tensor | None, *, length:
     return mask[:, -length:].to(torch.bool)
 
 
-def replace_ffn(base: nn.Module, name: str, layer: MoELayer) -> None:
-    """Put a MoE layer where the module ``name`` of the base model is."""
+def replace_ffn(base: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put an expert layer where the module ``name`` of the base model is."""
     parent, _, attribute = name.rpartition(".")
     setattr(base.get_submodule(parent), attribute, layer)
 

@@ -126,7 +126,7 @@ def plan(manifest: Manifest, registry: Source) -> Plan:
     """
     recipe: Recipe = RECIPES.load(manifest.recipe)()
     base = registry.base(manifest.base)
-    manifest = expand_preset(manifest, base.description)
+    manifest = recipe.expand(expand_preset(manifest, base.description))
     wanted, left_out = _resolve(manifest, registry)
     _check_consent(wanted, registry)
     experts = tuple(sorted(wanted, key=lambda expert: expert.card.name))
@@ -136,8 +136,9 @@ def plan(manifest: Manifest, registry: Source) -> Plan:
             f"'{base.name}' itself, or leave fewer owners out."
         )
     cards = [expert.card for expert in experts]
-    problems = [*_base_problems(base, cards), *_duplicates(cards)]
     description = base.description
+    problems = [*_base_problems(base, cards), *_duplicates(cards)]
+    problems += recipe.manifest_problems(manifest, description)
     if not problems:
         candidates = [_candidate(expert, description, registry) for expert in experts]
         problems = recipe.problems(
@@ -146,14 +147,15 @@ def plan(manifest: Manifest, registry: Source) -> Plan:
     if problems:
         raise PlanError(f"Manifest '{manifest.name}' cannot be composed:", problems=problems)
     active = recipe.active_experts(router=manifest.router, experts=cards)
+    counted = recipe.parameters(manifest=manifest, base=description, experts=cards)
     return Plan(
         manifest=manifest,
         base=base,
         experts=experts,
         left_out=left_out,
-        optout_class=recipe.optout_class,
+        optout_class=recipe.optout(manifest),
         warnings=tuple(_warnings(manifest, experts)),
-        **_costs(base, description, experts, active),
+        **_costs(base, description, experts, active, counted),
     )
 
 
@@ -230,18 +232,23 @@ def _warnings(manifest: Manifest, experts: Sequence[PlannedExpert]) -> list[str]
 
 
 def _costs(
-    base: BaseRecord, description: BaseDescription, experts: Sequence[PlannedExpert], active: int
+    base: BaseRecord,
+    description: BaseDescription,
+    experts: Sequence[PlannedExpert],
+    active: int,
+    counted: tuple[int, int] | None,
 ) -> dict[str, int]:
-    """Count parameters, bytes and FLOPs, taking the ``active`` largest experts for the active ones."""
+    """Count parameters, bytes and FLOPs; unless the recipe counted, the ``active`` largest experts are active."""
     anchor = sum(math.prod(spec.shape) for spec in description.tensors.values())
     sizes = sorted(expert.record.parameters for expert in experts)
-    most = sum(sizes[len(sizes) - active :])
-    embedding = _lookup_only(description)
+    total, most = anchor + sum(sizes), anchor + sum(sizes[len(sizes) - active :])
+    if counted is not None:
+        total, most = counted
     return {
-        "parameters_total": anchor + sum(expert.record.parameters for expert in experts),
-        "parameters_active": anchor + most,
+        "parameters_total": total,
+        "parameters_active": most,
         "bytes": sum(entry.size for entry in base.files) + sum(e.record.bytes for e in experts),
-        "flops_per_token": 2 * (anchor + most - embedding),
+        "flops_per_token": 2 * (most - _lookup_only(description)),
     }
 
 

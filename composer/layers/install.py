@@ -28,14 +28,19 @@ if TYPE_CHECKING:
     from composer.model import ComposedForCausalLM
     from composer.routing.router import Router
 
-__all__ = ["install_experts"]
+__all__ = ["ExpertSource", "install_experts", "stack_ffns"]
 
 RouterFor = Callable[[int, Sequence[int]], "Router | None"]
 Tensors = Mapping[str, torch.Tensor]
 
 
-class _Source:
-    """One expert's weights, by layer and role."""
+class ExpertSource:
+    """One expert's weights, by layer and role.
+
+    Args:
+        member: The expert.
+        base: The anchor's tensors, from which the expert's follow.
+    """
 
     def __init__(self, member: Member, base: BaseDescription) -> None:
         self.member = member
@@ -72,6 +77,11 @@ class _Source:
                     factors[role] = (a, b, self.lora.modules[linear.name].scaling)
         return LowRankExpert(factors)
 
+    def read(self, name: str) -> torch.Tensor:
+        """Read one tensor into memory of its own."""
+        with self.opened():
+            return self.tensors[name].clone()
+
     def full(self, linear: LinearSpec, what: str) -> torch.Tensor:
         """Read one matrix (``what`` is ``weight``) or bias of a full FFN."""
         return self.tensors[f"{linear.name}.{what}"]
@@ -99,7 +109,7 @@ def install_experts(
         normalized: Whether the selector's weights sum to 1.
     """
     base = members.description
-    sources = [_Source(member, base) for member in members.experts]
+    sources = [ExpertSource(member, base) for member in members.experts]
     for layer in sorted(set().union(*(source.layers for source in sources))):
         here = [source for source in sources if layer in source.layers]
         _install_layer(model, base, layer, here, len(sources), router_for, normalized)
@@ -109,7 +119,7 @@ def _install_layer(
     model: ComposedForCausalLM,
     base: BaseDescription,
     layer: int,
-    sources: Sequence[_Source],
+    sources: Sequence[ExpertSource],
     num_experts: int,
     router_for: RouterFor,
     normalized: bool,
@@ -123,11 +133,11 @@ def _install_layer(
     present = [source.id for source in (*low_rank, *full)]
     block: LowRankFFN | StackedFFN | MixedFFN
     if not low_rank:
-        block = _stack(model, base, layer, anchor, full, with_anchor=True)
+        block = stack_ffns(model, base, layer, anchor, full, with_anchor=True)
     else:
         block = _low_rank(base, layer, anchor, low_rank, normalized)
         if full:
-            stacked = _stack(model, base, layer, anchor, full, with_anchor=False)
+            stacked = stack_ffns(model, base, layer, anchor, full, with_anchor=False)
             block = MixedFFN(low_rank=block, stacked=stacked)
     moe = MoELayer(
         layer=layer,
@@ -143,7 +153,7 @@ def _low_rank(
     base: BaseDescription,
     layer: int,
     anchor: nn.Module,
-    sources: Sequence[_Source],
+    sources: Sequence[ExpertSource],
     normalized: bool,
 ) -> LowRankFFN:
     weight = next(anchor.parameters())
@@ -155,16 +165,25 @@ def _low_rank(
     )
 
 
-def _stack(
+def stack_ffns(
     model: ComposedForCausalLM,
     base: BaseDescription,
     layer: int,
     anchor: nn.Module,
-    sources: Sequence[_Source],
+    sources: Sequence[ExpertSource | None],
     *,
     with_anchor: bool,
 ) -> StackedFFN:
-    """Stack full FFNs in the layout of transformers' kernels, the anchor first where it belongs to the stack."""
+    """Stack full FFNs in the layout of transformers' kernels, the anchor first where it belongs to the stack.
+
+    Args:
+        model: Whose configuration names the kernel.
+        base: The anchor's tensors.
+        layer: Which decoder layer.
+        anchor: The anchor's own FFN there.
+        sources: The experts; None: the place is left as it was allocated.
+        with_anchor: Whether the anchor's FFN is the first of the stack.
+    """
     parts = FFNParts(anchor, base.layout)
     linears = base.ffn_linears(layer)
     down = linears["down"]
@@ -185,6 +204,8 @@ def _stack(
         if with_anchor:
             _fill(stacked, 0, linears, lambda linear, what: getattr(_role(parts, linear.role), what))
         for position, source in enumerate(sources, start=int(with_anchor)):
+            if source is None:
+                continue
             with source.opened():
                 _fill(stacked, position, linears, source.full)
     return stacked

@@ -9,7 +9,10 @@ __all__ = ["RECIPES"]
 RECIPES = PluginTable(
     "recipe",
     {
+        "bam": "composer.recipes.bam:BAM",
+        "btx": "composer.recipes.btx:BTX",
         "flexolmo": "composer.recipes.flexolmo:FlexOlmo",
+        "sparse_upcycle": "composer.recipes.sparse_upcycle:SparseUpcycle",
     },
 )
 """name -> class. Others register theirs as an entry point of the group ``coterie.recipes``."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from composer.lock import OptOutClass
-from composer.manifest import RouterSpec
+from composer.manifest import Manifest, RouterSpec
 from experts.base import BaseDescription
 from experts.card import ExpertCard
 from experts.routing_artifacts import RoutingInfo
@@ -45,6 +45,29 @@ class Recipe(ABC):
     summary: ClassVar[str]
     kinds: ClassVar[tuple[str, ...]]
     optout_class: ClassVar[OptOutClass]
+
+    def expand(self, manifest: Manifest) -> Manifest:
+        """Write this recipe's own defaults out where the builder said nothing."""
+        return manifest
+
+    def manifest_problems(self, manifest: Manifest, base: BaseDescription) -> list[str]:
+        """Say what the manifest asks for that this recipe does not do, the router left out."""
+        if manifest.upcycle is None:
+            return []
+        return [f"upcycle: recipe '{manifest.recipe}' has no such settings; btx, bam and sparse_upcycle have"]
+
+    def optout(self, manifest: Manifest) -> OptOutClass:
+        """Return what opting out can mean for the model of this manifest."""
+        return self.optout_class
+
+    def parameters(
+        self, *, manifest: Manifest, base: BaseDescription, experts: Sequence[ExpertCard]
+    ) -> tuple[int, int] | None:
+        """Return how many parameters the model has and how many one token meets at most.
+
+        None: those of the anchor and its experts, as `active_experts` counts them.
+        """
+        return None
 
     @abstractmethod
     def problems(

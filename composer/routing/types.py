@@ -71,6 +71,19 @@ class Groups(tuple[AllowedGroup, ...]):
         return [len(group.rows) for group in self if group.rows is not None]
 
     @cached_property
+    def rows_by_expert(self) -> dict[int, torch.Tensor | None]:
+        """Expert id -> the rows that may use it, int64, or None where all may; who is not here, nobody may use."""
+        if len(self) == 1:
+            return dict.fromkeys(self[0].experts)
+        everybody = sorted({expert for group in self for expert in group.experts})
+        with torch.inference_mode(False):
+            return {expert: self._rows_of(expert) for expert in everybody}
+
+    def _rows_of(self, expert: int) -> torch.Tensor | None:
+        rows = [group.rows for group in self if expert in group.experts and group.rows is not None]
+        return None if len(rows) == len(self) else torch.cat(rows)
+
+    @cached_property
     def places(self) -> torch.Tensor:
         """Where each row of the batch stands in `rows`, int64 ``(batch,)``."""
         with torch.inference_mode(False):

@@ -69,7 +69,7 @@ router: {scorer_: lda, top_k: 0, context: sentence}
         "  - router.scorer_: unknown key; did you mean 'scorer'? Allowed: context, layer, normalize, options, "
         "preset, scorer, selector, selector_options, token_weight, top_k\n"
         "  - bass: unknown key; did you mean 'base'? Allowed: base, description, dtype, experts, format_version, "
-        "name, opt_out, recipe, router"
+        "name, opt_out, recipe, router, upcycle"
     )
 
 

@@ -11,6 +11,7 @@ SCORERS = PluginTable(
     {
         "lda": "composer.routing.scorers.lda:LDAScorer",
         "learned": "composer.routing.scorers.learned:LearnedScorer",
+        "random": "composer.routing.scorers.random:RandomScorer",
         "ridge": "composer.routing.scorers.ridge:RidgeScorer",
     },
 )

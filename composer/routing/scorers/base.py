@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -32,6 +32,9 @@ class ScorerInputs:
         layer: Decoder layer that the scorer works for.
         dtype: Dtype of the model.
         device: Where the model is.
+        hidden_size: Width d of what is scored.
+        names: Expert id -> its name; the anchor's is `composer.trace.ANCHOR_NAME`. Ids that are not here have no row.
+        branch: What is routed to: ``"ffn"`` or ``"attention"``.
     """
 
     public: RoutingArtifacts
@@ -39,6 +42,9 @@ class ScorerInputs:
     layer: int
     dtype: torch.dtype
     device: torch.device
+    hidden_size: int = 0
+    names: Mapping[int, str] = field(default_factory=dict)
+    branch: Literal["ffn", "attention"] = "ffn"
 
 
 class Scorer(nn.Module):
@@ -52,11 +58,13 @@ class Scorer(nn.Module):
         depth: ``"layer"`` scores the input of every expert layer; ``"model"`` scores the hidden state that enters
             one decoder layer, and every expert layer above follows that decision.
         trainable: Whether the logits depend on parameters that a training loop may move.
+        needs_artifacts: Whether it is made from what owners published.
         Options: What ``router.options`` may say.
     """
 
     depth: ClassVar[Literal["layer", "model"]]
     trainable: ClassVar[bool]
+    needs_artifacts: ClassVar[bool] = True
     Options: ClassVar[type[ScorerOptions]] = ScorerOptions
 
     @classmethod

@@ -7,7 +7,7 @@ negative bias makes an owner's row win only where it clearly beats the public on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ class LearnedScorer(Scorer):
 
     depth = "layer"
     trainable = True
-    Options = LearnedOptions
+    Options: ClassVar[type[ScorerOptions]] = LearnedOptions
 
     def __init__(self, *, ids: Sequence[int], rows: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         super().__init__()
@@ -86,7 +86,8 @@ class LearnedScorer(Scorer):
         if len(digests) > 1:
             shown = ", ".join(sorted(str(d)[:12] for d in digests))
             found.append(f"the experts' rows were trained beside different public rows ({shown})")
-        return found
+        found += _foreign_public_rows(public, digests)
+        return found + _foreign_embedders(public, experts)
 
     @classmethod
     def make(cls, inputs: ScorerInputs, options: Any) -> Self:
@@ -142,3 +143,27 @@ class LearnedScorer(Scorer):
             return rows, bias
         kept = torch.tensor([self.position[expert] for expert in experts], device=rows.device)
         return rows.index_select(0, kept), None if bias is None else bias.index_select(0, kept)
+
+
+def _foreign_public_rows(public: RoutingInfo | None, digests: set[str | None]) -> list[str]:
+    """All agree with each other, but not with the row they would be composed beside."""
+    own = None if public is None or public.rows is None else public.rows.public_digest
+    (digest,) = digests if len(digests) == 1 else (None,)
+    if own is None or digest in (own, None):
+        return []
+    return [
+        f"the experts' rows were trained beside other public rows ({str(digest)[:12]}) than the base publishes "
+        f"({own[:12]})"
+    ]
+
+
+def _foreign_embedders(
+    public: RoutingInfo | None, experts: Mapping[str, tuple[RoutingInfo | None, Sequence[int]]]
+) -> list[str]:
+    """Rows that start at embeddings can be compared only where one embedder made them; the base says which."""
+    made = {} if public is None or public.embedding is None else {"the base": public.embedding}
+    made |= {name: info.embedding for name, (info, _) in experts.items() if info and info.embedding}
+    if len({(info.model, info.dim) for info in made.values()}) < 2:
+        return []
+    shown = ", ".join(f"{name}: '{info.model}' ({info.dim})" for name, info in made.items())
+    return [f"the domain embeddings were made by different embedders ({shown})"]

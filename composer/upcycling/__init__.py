@@ -1,0 +1,1 @@
+"""Upcycling: from dense models of one architecture to one mixture of experts."""

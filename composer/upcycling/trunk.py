@@ -1,0 +1,84 @@
+"""The trunk of an upcycled model: the base's own, or merged tensor by tensor from the base and the dense experts.
+
+Merging happens where the model is loaded, from the files of whoever is in it, so leaving somebody out gives the very
+trunk of a model they never joined. Knows tensors by name; knows nothing of routers or experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from composer.manifest import TrunkSpec
+from composer.merging import merge_tensors
+from experts.errors import BuildError
+from experts.files import capped
+
+if TYPE_CHECKING:
+    from composer.layers.install import ExpertSource
+
+__all__ = ["adopt", "merge_trunk"]
+
+_HEADS = ("lm_head.weight", "embed_out.weight")
+
+
+def merge_trunk(
+    model: nn.Module,
+    names: Sequence[str],
+    sources: Sequence[ExpertSource],
+    spec: TrunkSpec,
+    *,
+    with_base: bool,
+) -> None:
+    """Replace tensors of the base model by their merge, one at a time.
+
+    Args:
+        model: The base model.
+        names: The trunk's tensors.
+        sources: The dense experts, in canonical order.
+        spec: How to merge.
+        with_base: Whether the base is one of the merged models.
+    """
+    places = _places(model, names)
+    for name, target in places.items():
+        # one tensor of every model is in memory at a time
+        merged = merge_tensors(
+            {source.member.locked.name: source.read(name) for source in sources},
+            method=spec.method,
+            base=target.detach().cpu() if with_base else None,
+            weights=spec.weights,
+            parameters=spec.parameters,
+            name=name,
+        )
+        with torch.no_grad():
+            target.copy_(merged)
+
+
+def adopt(model: nn.Module, names: Sequence[str], source: ExpertSource) -> None:
+    """Copy tensors of one dense model into the base model."""
+    with source.opened(), torch.no_grad():
+        for name, target in _places(model, names).items():
+            target.copy_(source.tensors[name])
+
+
+def _places(model: nn.Module, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Return where the tensors of a checkpoint are in the model.
+
+    Raises:
+        BuildError: One of them is nowhere.
+    """
+    state: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    for name in _HEADS:  # GPT-NeoX's head has another name in a checkpoint than in memory
+        state.setdefault(name, head.weight)
+    lost = [name for name in names if name not in state]
+    if lost:
+        raise BuildError(
+            "The base's checkpoint has tensors that its class keeps under other names, so they cannot be merged; "
+            "build with `trunk: frozen`:",
+            problems=capped(lost),
+        )
+    return {name: state[name] for name in names}
