@@ -234,6 +234,15 @@ def public_routing(
     rows: Annotated[
         bool, typer.Option("--rows", help="Also make a public router row for each of these layers.")
     ] = False,
+    embedder: Annotated[
+        Path | None,
+        typer.Option(
+            "--embedder",
+            metavar="FOLDER",
+            help="A SentenceTransformer: also publish the text's embedding, and start --rows at it.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[
         int, typer.Option("--seed", min=0, help="Decides which windows of the text are used.")
     ] = 0,
@@ -250,10 +259,14 @@ def public_routing(
         raise CoterieError(
             "Give either --text (public text to compute from) or --from (artefacts made elsewhere)."
         )
+    if embedder is not None and not (embedder / "modules.json").is_file():
+        raise CoterieError(
+            f"--embedder '{embedder}' is not the folder of a SentenceTransformer (no modules.json in it)."
+        )
     if source is not None:
         record = _attach(store, name, source)
     else:
-        record = _compute(store, name, text or [], layers=layers, rows=rows, seed=seed)
+        record = _compute(store, name, text or [], layers=layers, rows=rows, embedder=embedder, seed=seed)
     if as_json:
         print_json(base_row(record))
         return
@@ -267,6 +280,8 @@ def _describe(record: BaseRecord) -> str:
         parts.append(f"statistics of {human_count(statistics.tokens)} tokens at layer {statistics.layer}")
     if record.routing and record.routing.rows:
         parts.append(f"rows for {len(record.routing.rows.layers)} layers")
+    if record.routing and record.routing.embedding:
+        parts.append(f"the text's embedding by {record.routing.embedding.model}")
     return " and ".join(parts) or "nothing"
 
 
@@ -282,7 +297,14 @@ def _attach(store: Registry, name: str, folder: Path) -> BaseRecord:
 
 
 def _compute(
-    store: Registry, name: str, text: list[Path], *, layers: str, rows: bool, seed: int
+    store: Registry,
+    name: str,
+    text: list[Path],
+    *,
+    layers: str,
+    rows: bool,
+    embedder: Path | None,
+    seed: int,
 ) -> BaseRecord:
     import tempfile
 
@@ -297,6 +319,12 @@ def _compute(
         out = Path(scratch) / "routing"
         with resolve_base(name, registry=store) as base, spinner("Computing public routing artefacts"):
             compute(
-                base, documents, out=out, layer=numbers[0], rows_layers=numbers if rows else (), seed=seed
+                base,
+                documents,
+                out=out,
+                layer=numbers[0],
+                rows_layers=numbers if rows else (),
+                embedder=embedder,
+                seed=seed,
             )
         return _attach(store, name, out)

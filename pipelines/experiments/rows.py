@@ -79,7 +79,8 @@ def _anchor_ffns(world: World) -> dict[str, torch.Tensor]:
 
 
 def _rows(world: World, domain: str, init: Init) -> dict[int, torch.Tensor]:
-    from pipelines.train.routing import ffn_input_rows, ffn_modules, random_rows
+    from pipelines.train.routing import ffn_modules
+    from pipelines.train.rows import ffn_input_rows, random_rows
     from pipelines.train.states import SplitDecoder
 
     description = world.registry.base(BASE).description

@@ -6,6 +6,7 @@ Knows the job's data fields and the tokenizer; knows nothing of models.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,14 @@ import torch
 from torch import Tensor
 
 from pipelines.train.job import DomainJob
-from pipelines.train.windows import Windows, make_windows, read_documents, split_held_out
+from pipelines.train.windows import Windows, document_windows, make_windows, read_documents, split_held_out
 
 __all__ = ["Corpus", "read_corpus"]
 
 _PUBLIC_ROW_WINDOWS = 64
+
+_SINGLE_WINDOWS = 8
+"""At most this many windows of one document make its contribution to noisy statistics."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +37,8 @@ class Corpus:
         own: Windows of the owner's text.
         public: Windows of public text, if any is given.
         held_out: Windows of held-out documents, if any are kept.
+        single: Token ids of single documents, each ``(windows, length)`` int64 and from that document alone; only
+            where statistics get noise.
     """
 
     documents: Sequence[str]
@@ -40,6 +46,7 @@ class Corpus:
     own: Windows
     public: Windows | None
     held_out: Windows | None
+    single: Sequence[Tensor] = ()
 
     @property
     def ids(self) -> Tensor:
@@ -78,4 +85,17 @@ def read_corpus(job: DomainJob, tokenizer: Any) -> Corpus:
         own=windows(training, draws, "the training text"),
         public=windows(public, needed, "the public text") if public else None,
         held_out=windows(held_out, job.held_out_windows, "the held-out text") if held_out else None,
+        single=() if job.statistics.noise is None else _single(training, tokenizer, job=job, windows=draws),
     )
+
+
+def _single(documents: Sequence[str], tokenizer: Any, *, job: DomainJob, windows: int) -> list[Tensor]:
+    """Tokens of documents apart, about ``windows`` windows in all; which ones depends on numbers alone, not on text."""
+    chosen = list(range(len(documents)))
+    random.Random(job.seed).shuffle(chosen)
+    chosen = chosen[:windows]
+    each = min(_SINGLE_WINDOWS, max(1, windows // len(chosen)))
+    return [
+        document_windows(documents[index], tokenizer, sequence_length=job.sequence_length, limit=each)
+        for index in chosen
+    ]

@@ -15,22 +15,22 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from experts.errors import ManifestError
-from experts.routing_artifacts import EmbeddingInfo, RoutingArtifacts, RoutingInfo, RowsInfo, StatisticsInfo
+from experts.routing_artifacts import (
+    EmbeddingInfo,
+    NoiseInfo,
+    RoutingArtifacts,
+    RoutingInfo,
+    RowsInfo,
+    StatisticsInfo,
+)
 from pipelines.train.anchor import ResolvedBase
 from pipelines.train.coordination import CoordinatedFFN, NegativeBias, attach
 from pipelines.train.corpus import Corpus
 from pipelines.train.job import DomainJob
-from pipelines.train.routing import (
-    StatisticsSum,
-    embedding_rows,
-    ffn_input_rows,
-    ffn_modules,
-    published_rows,
-    random_rows,
-    rows_digest,
-    statistics_tensors,
-)
+from pipelines.train.noisy_statistics import noisy_statistics
+from pipelines.train.routing import StatisticsSum, statistics_tensors
+from pipelines.train.rows import rows_digest
+from pipelines.train.starting_rows import starting_rows
 from pipelines.train.states import SplitDecoder, StateCache
 from pipelines.train.trainers import get_trainer
 from pipelines.train.trainers.base import TrainableLinear, WriteContext
@@ -69,6 +69,7 @@ class ExpertRun:
         self._statistics = StatisticsSum(
             normalization=job.statistics.normalization, skip_first=job.statistics.skip_first
         )
+        self._noise: NoiseInfo | None = None
         self._held_out_states: Tensor | None = None
         self._linears: dict[str, TrainableLinear] = {}
         self._mixtures: dict[int, CoordinatedFFN] = {}
@@ -77,11 +78,16 @@ class ExpertRun:
 
     def prepare_states(self) -> Iterator[int]:
         """Run the lower layers over all windows once, for the cache and the statistics; yields windows done."""
-        if not self.job.statistics.enabled and not (self.cached and self.layers[0]):
+        exact = self.job.statistics.enabled and self.job.statistics.noise is None
+        if self.job.statistics.enabled and not exact:
+            self._statistics.total, self._noise = noisy_statistics(
+                self.job, base=self.base, split=self._split, documents=self.corpus.single
+            )
+        if not exact and not (self.cached and self.layers[0]):
             return
         own = len(self.corpus.own)
         for part, states in self._cache.fill(batch_size=_STATE_BATCH):
-            if self.job.statistics.enabled and part.start < own:
+            if exact and part.start < own:
                 self._statistics.add(states[: own - part.start])
             yield part.stop
 
@@ -101,55 +107,32 @@ class ExpertRun:
         )
 
     def _mixture_maker(self) -> Callable[[int, nn.Module, nn.Module], nn.Module]:
-        public, own = self._starting_rows()
+        rows = starting_rows(
+            self.job,
+            base=self.base,
+            model=self._model,
+            split=self._split,
+            corpus=self.corpus,
+            layers=self.layers,
+        )
         bias = self.job.bias
 
         def combine(layer: int, ffn: nn.Module, twin: nn.Module) -> nn.Module:
             negative = NegativeBias(init=bias.init, form=bias.form) if bias.enabled else None
             mixture = CoordinatedFFN(
-                ffn, own=twin, public_row=public[layer], own_row=own[layer], bias=negative
+                ffn, own=twin, public_row=rows.public[layer], own_row=rows.own[layer], bias=negative
             )
             self._mixtures[layer] = mixture
             return mixture
 
+        self._embedding = rows.embedding
         self._rows_info = RowsInfo(
-            layers=self.layers, has_bias=bias.enabled, public_digest=rows_digest(public), init=self._row_init
+            layers=self.layers,
+            has_bias=bias.enabled,
+            public_digest=rows_digest(rows.public),
+            init=rows.init,
         )
         return combine
-
-    @property
-    def _row_init(self) -> str:
-        given = str(self.job.row_init)
-        return given if given in ("anchor", "random") else "sentence-transformer"
-
-    def _starting_rows(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """The frozen public rows and the owner's, by layer."""
-        routing = self.base.routing()
-        public = published_rows(routing, self.layers)
-        if public is None and self._row_init != "random" and self.corpus.public is None:
-            raise ManifestError(
-                "coordination needs a public row: the base has no public routing artefact with rows for layers "
-                f"{self.layers[0]}-{self.layers[-1]}. Give public text, or attach such an artefact to the base."
-            )
-        hidden = self.base.description.hidden_size
-        if self._row_init == "random":
-            own = random_rows(self.layers, hidden_size=hidden, label=self.job.name)
-            return public or random_rows(self.layers, hidden_size=hidden, label="public"), own
-        if self._row_init == "anchor":
-            ffns = ffn_modules(self._model, self.base.description, self.layers)
-            split = self._split
-            count = len(self.corpus.own)
-            own = ffn_input_rows(split, self._ids[:count], ffns=ffns)
-            return public or ffn_input_rows(split, self._ids[count:], ffns=ffns), own
-        model = Path(self.job.row_init)
-        own, self._embedding = embedding_rows(
-            self.corpus.documents, self.layers, model=model, hidden_size=hidden
-        )
-        if public is None:
-            public, _ = embedding_rows(
-                self.corpus.public_documents, self.layers, model=model, hidden_size=hidden
-            )
-        return public, own
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -250,5 +233,6 @@ class ExpertRun:
             layer=self.layers[0],
             normalization=self._statistics.normalization,
             tokens=int(total.count),
-            documents=self.corpus.own.documents,
+            documents=self.corpus.own.documents if self._noise is None else int(total.count),
+            noise=self._noise,
         )

@@ -30,6 +30,7 @@ __all__ = [
     "BiasSettings",
     "CoordinationSettings",
     "DomainJob",
+    "NoiseSettings",
     "StatisticsSettings",
     "parse_layers",
 ]
@@ -50,12 +51,33 @@ def _as_switch(value: object) -> object:
     return {"enabled": value} if isinstance(value, bool) else value
 
 
-def _as_list(value: object) -> object:
+def as_list(value: object) -> object:
     return [value] if isinstance(value, str | Path) else value
 
 
 class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class NoiseSettings(_Settings):
+    """Gaussian noise on the statistics, so that they say little about any single document.
+
+    The guarantee is (epsilon, delta)-differential privacy of the statistics for one document replaced by another; it
+    is no guarantee for the expert's weights. It holds as long as the noise is secret: the key lies in ``workdir``.
+    """
+
+    epsilon: Number = Field(gt=0, le=50)
+    """The smaller, the more noise: about 1 is strict, 8 is mild."""
+    delta: Number = Field(default=1e-6, gt=0, lt=1)
+    """Must be below 1 / documents."""
+    release: Literal["mean", "moments"] = "mean"
+    """``mean``: publish only where the domain's mean lies, with the public covariance about it. ``moments``: the
+    covariance too, which needs a great many documents to be more than noise."""
+    clip: Number = Field(default=0.5, gt=0, le=2)
+    """How far a document's mean may lie from the public mean, relative to the length of states; beyond, it is moved
+    closer. Noise is in proportion to it."""
+    seed: Annotated[int, Field(strict=True, ge=0)] | None = None
+    """In the place of the secret key, to repeat an experiment. Whoever knows it can take the noise away."""
 
 
 class StatisticsSettings(_Settings):
@@ -69,6 +91,8 @@ class StatisticsSettings(_Settings):
     skip_first: Flag = False
     """Leave out the first position of every window. It sees no context, but it is what generation starts from,
     so it is included by default."""
+    noise: NoiseSettings | None = None
+    """Differential privacy for the documents behind them; none by default. The base must publish statistics."""
 
 
 class BiasSettings(_Settings):
@@ -137,9 +161,9 @@ class DomainJob(_Settings):
     alpha: Number | None = Field(default=None, gt=0)
     """The low-rank term is scaled by alpha / rank; by default alpha = rank."""
 
-    data: Annotated[tuple[Path, ...], BeforeValidator(_as_list)]
+    data: Annotated[tuple[Path, ...], BeforeValidator(as_list)]
     """The owner's text: ``.jsonl`` files with {"text": ...} a line, or ``.txt`` files, one document each."""
-    public: Annotated[tuple[Path, ...], BeforeValidator(_as_list)] = ()
+    public: Annotated[tuple[Path, ...], BeforeValidator(as_list)] = ()
     """Public text, in the same formats."""
     public_fraction: Number = Field(default=0.0, ge=0, lt=1)
     """Share of training windows drawn from the public text: negatives for a row, a brake on forgetting."""
@@ -183,6 +207,12 @@ class DomainJob(_Settings):
     row_init: str | Path = "anchor"
     """Where rows start: ``anchor`` (mean FFN input on the domain's text, per layer), ``random``, or the folder of
     a SentenceTransformer (mean embedding, projected to the hidden size)."""
+    row_centre: Flag = False
+    """Rescale what sets a starting row apart from the public one to the row's own length: ``public + |own| d / |d|``
+    with d = own - public, between embeddings where rows start at one."""
+    row_rotation: Annotated[int, Field(strict=True, ge=0)] | None = None
+    """Seed of a random rotation of what sets starting rows apart from the public one: a control. Owners who share the
+    seed keep the angles between their rows; what the rows said of the anchor's states is lost."""
     row_negatives: Number = Field(default=0.0, ge=0)
     """Weight of a binary cross-entropy that tells own from public tokens by the rows; needs ``public`` text."""
 
@@ -236,7 +266,7 @@ class DomainJob(_Settings):
     @field_validator("data", "public")
     @classmethod
     def _check_texts(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
-        _check_text_files(value)
+        check_text_files(value)
         return value
 
     @field_validator("data")
@@ -250,7 +280,7 @@ class DomainJob(_Settings):
     @classmethod
     def _check_held_out(cls, value: float | Path) -> float | Path:
         if isinstance(value, Path):
-            _check_text_files([value])
+            check_text_files([value])
         elif not 0 <= value <= 0.5:
             raise ValueError(f"a share must lie between 0 and 0.5, given {value}")
         return value
@@ -274,6 +304,8 @@ class DomainJob(_Settings):
             problems.append(f"public_fraction is {self.public_fraction} but no public text is given")
         if self.row_negatives > 0 and not (self.coordination.enabled and self.public_fraction > 0):
             problems.append("row_negatives needs coordination and a public_fraction above 0")
+        if self.row_init == "random" and (self.row_centre or self.row_rotation is not None):
+            problems.append("row_centre and row_rotation change rows that say something; row_init is random")
         if self.preset == "paper" and "row_init" not in self.model_fields_set:
             problems.append(
                 "the preset 'paper' starts rows at an embedding of the domain: give row_init the folder of a "
@@ -355,12 +387,15 @@ class DomainJob(_Settings):
         }
         if self.statistics.enabled:
             settings["statistics_skip_first"] = self.statistics.skip_first
+            settings["statistics_epsilon"] = self.statistics.noise.epsilon if self.statistics.noise else None
         if self.coordination.enabled:
             settings |= {
                 "router_z_loss": self.coordination.router_z_loss,
                 "softmax_z_loss": self.coordination.softmax_z_loss,
                 "bias": self.bias.form if self.bias.enabled else None,
                 "row_init": str(row_init),
+                "row_centre": self.row_centre,
+                "row_rotation": self.row_rotation,
                 "row_negatives": self.row_negatives,
             }
         return settings
@@ -429,7 +464,7 @@ def _reworded(check: Any, value: str) -> str:
     return str(result) if result is not None else value
 
 
-def _check_text_files(paths: Iterable[Path]) -> None:
+def check_text_files(paths: Iterable[Path]) -> None:
     problems = [
         f"'{path.name}' does not end in .jsonl or .txt" for path in paths if path.suffix not in _TEXT_ENDINGS
     ]

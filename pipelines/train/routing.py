@@ -1,12 +1,11 @@
-"""The routing artefacts an owner computes locally: additive statistics, router rows, and the public ones.
+"""The additive statistics an owner computes locally, and the routing artefact of public text.
 
 Knows states of the frozen anchor and how they are summed; knows nothing of how a router uses the sums.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -16,34 +15,26 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from experts.errors import DataError, TrainingError
-from experts.routing_artifacts import RoutingArtifacts, RoutingInfo, RowsInfo, Statistics, StatisticsInfo
+from experts.routing_artifacts import (
+    EmbeddingInfo,
+    RoutingArtifacts,
+    RoutingInfo,
+    RowsInfo,
+    Statistics,
+    StatisticsInfo,
+)
+from pipelines.train.noise import normalised
+from pipelines.train.rows import embedding_row, ffn_input_rows, mean_embedding, rows_digest
 from pipelines.train.states import SplitDecoder
 
 if TYPE_CHECKING:
     from experts.base import BaseDescription
     from pipelines.train.anchor import ResolvedBase
 
-__all__ = [
-    "INFO_FILE",
-    "StatisticsSum",
-    "embedding_rows",
-    "ffn_input_rows",
-    "public_routing",
-    "random_rows",
-    "rows_digest",
-]
+__all__ = ["INFO_FILE", "StatisticsSum", "ffn_modules", "public_routing", "statistics_tensors"]
 
 INFO_FILE = "routing.json"
 """Beside a public artefact: its `RoutingInfo` as JSON."""
-
-ROW_NORM = 0.5
-"""Length of a row at the start, at states of unit root mean square; the released FlexOlmo rows have 0.41 to 0.55."""
-
-_ROW_WINDOWS = 64
-"""Windows that a row's starting value is averaged over."""
-
-_PUBLIC_SEED = 20250707
-"""Every owner must draw the same public row."""
 
 
 class StatisticsSum:
@@ -62,123 +53,11 @@ class StatisticsSum:
     def add(self, states: Tensor) -> None:
         """Add states ``(windows, sequence, hidden)``."""
         kept = states[:, 1:] if self.skip_first else states
-        x = kept.reshape(-1, kept.shape[-1]).float()
-        if self.normalization == "rms":
-            x = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-6)
-        wide = x.double()
+        wide = normalised(kept.reshape(-1, kept.shape[-1]), self.normalization).double()
         part = Statistics(
             count=float(len(wide)), sum=wide.sum(dim=0).numpy(), scatter=(wide.T @ wide).numpy()
         )
         self.total = part if self.total is None else self.total + part
-
-
-def ffn_input_rows(
-    split: SplitDecoder, ids: Tensor, *, ffns: Mapping[int, nn.Module], batch_size: int = 8
-) -> dict[int, Tensor]:
-    """A starting row for each layer: the mean input of its FFN on the first windows, at a fixed length.
-
-    Args:
-        split: The anchor, nothing attached yet.
-        ids: ``(windows, sequence)`` int64.
-        ffns: The FFN of each layer.
-        batch_size: Windows run at once.
-
-    Returns:
-        ``(hidden,)`` float32 by layer; its length is `ROW_NORM` over the inputs' root mean square.
-    """
-    sums: dict[int, Tensor] = {}
-    squares = dict.fromkeys(ffns, 0.0)
-    count = 0
-
-    def keep(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].reshape(-1, inputs[0].shape[-1]).double()
-            sums[layer] = sums.get(layer, torch.zeros(x.shape[-1], dtype=torch.float64)) + x.sum(dim=0)
-            squares[layer] += float(x.square().mean(dim=-1).sum())
-
-        return hook
-
-    handles = [ffn.register_forward_pre_hook(keep(layer)) for layer, ffn in ffns.items()]
-    try:
-        with torch.no_grad():
-            for start in range(0, min(len(ids), _ROW_WINDOWS), batch_size):
-                batch = ids[start : start + batch_size]
-                split.logits(batch, states=split.lower(batch) if split.first else None)
-                count += batch.numel()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {
-        layer: (total / total.norm() * ROW_NORM / (squares[layer] / count) ** 0.5).float()
-        for layer, total in sums.items()
-    }
-
-
-def random_rows(layers: Iterable[int], *, hidden_size: int, label: str) -> dict[int, Tensor]:
-    """One random row of length `ROW_NORM`, the same for every layer, drawn from a seed made of ``label``."""
-    seed = int.from_bytes(hashlib.sha256(label.encode()).digest()[:7], "big")
-    row = torch.randn(hidden_size, generator=torch.Generator().manual_seed(seed))
-    return dict.fromkeys(layers, row / row.norm() * ROW_NORM)
-
-
-def embedding_rows(
-    documents: Sequence[str], layers: Iterable[int], *, model: Path, hidden_size: int, limit: int = 1000
-) -> tuple[dict[int, Tensor], NDArray[np.float32]]:
-    """The mean of the documents' unit embeddings, projected to the hidden size; the same row for every layer.
-
-    Args:
-        documents: Text of the domain.
-        layers: Where rows are wanted.
-        model: Folder of a SentenceTransformer.
-        hidden_size: Width of the rows.
-        limit: At most this many documents are embedded, evenly spread.
-
-    Returns:
-        Rows by layer, and the mean embedding ``(dim,)`` itself.
-    """
-    from sentence_transformers import SentenceTransformer
-
-    chosen = documents[:: max(1, len(documents) // limit)][:limit]
-    encoder = SentenceTransformer(str(model), device="cpu", local_files_only=True)
-    embedded = encoder.encode(list(chosen), normalize_embeddings=True, show_progress_bar=False)
-    mean = np.asarray(embedded, dtype=np.float32).mean(axis=0)
-    row = torch.from_numpy(mean) @ _projection(mean.shape[0], hidden_size)
-    return dict.fromkeys(layers, row), mean
-
-
-def _projection(width: int, hidden_size: int) -> Tensor:
-    """Seeded random orthonormal map ``(width, hidden)``; cosines survive where the width does not shrink."""
-    if width == hidden_size:
-        return torch.eye(width)
-    draw = torch.randn(
-        max(width, hidden_size),
-        min(width, hidden_size),
-        generator=torch.Generator().manual_seed(_PUBLIC_SEED),
-    )
-    orthonormal: Tensor = torch.linalg.qr(draw).Q
-    return orthonormal if width > hidden_size else orthonormal.T
-
-
-def rows_digest(rows: Mapping[int, Tensor]) -> str:
-    """sha256 over layer numbers and float32 bytes, ascending by layer: which public rows were trained against.
-
-    Taken over all rows of a public artefact, so that owners who train different layers agree on it.
-    """
-    digest = hashlib.sha256()
-    for layer in sorted(rows):
-        digest.update(f"{layer}:".encode())
-        digest.update(np.ascontiguousarray(rows[layer].detach().float().numpy(), dtype="<f4").tobytes())
-    return digest.hexdigest()
-
-
-def published_rows(routing: RoutingArtifacts | None, layers: Sequence[int]) -> dict[int, Tensor] | None:
-    """Every row of a public artefact; None where it lacks one of ``layers``."""
-    if routing is None or routing.info.rows is None or not set(layers) <= set(routing.info.rows.layers):
-        return None
-    numbers = routing.info.rows.layers
-    return {
-        number: torch.from_numpy(np.array(routing.row(number)[0], dtype=np.float32)) for number in numbers
-    }
 
 
 def statistics_tensors(statistics: Statistics) -> dict[str, NDArray[np.floating]]:
@@ -206,6 +85,7 @@ def public_routing(
     layer: int,
     normalization: Literal["none", "rms"] = "rms",
     rows_layers: Sequence[int] = (),
+    embedder: Path | None = None,
     skip_first: bool = False,
     sequence_length: int = 128,
     windows: int = 256,
@@ -220,7 +100,10 @@ def public_routing(
         out: The folder to create; receives ``routing.safetensors`` and ``routing.json`` (its `RoutingInfo`).
         layer: Statistics are of the states entering this layer; owners must use the same.
         normalization: As the owners'.
-        rows_layers: Also write a public row for each of these layers: the mean input of its FFN.
+        rows_layers: Also write a public row for each of these layers: the mean input of its FFN, or, with an
+            embedder, the projected embedding.
+        embedder: Folder of a SentenceTransformer; also write the text's mean embedding, which owners who start at
+            an embedding are centred by. Theirs must be the same.
         skip_first: As the owners'.
         sequence_length: Tokens in a window.
         windows: At most this many windows are used.
@@ -257,13 +140,15 @@ def public_routing(
     for start in range(0, len(ids), 8):
         total.add(split.lower(ids[start : start + 8]))
     assert total.total is not None
+    embedding = None if embedder is None else mean_embedding(texts, model=embedder)
+    rows: dict[int, Tensor] = {}
+    if rows_layers and embedding is not None:
+        rows = dict.fromkeys(rows_layers, embedding_row(embedding, hidden_size=base.description.hidden_size))
+    elif rows_layers:
+        rows = ffn_input_rows(split, ids, ffns=ffn_modules(model, base.description, rows_layers))
     tensors = statistics_tensors(total.total)
-    rows = (
-        ffn_input_rows(split, ids, ffns=ffn_modules(model, base.description, rows_layers))
-        if rows_layers
-        else {}
-    )
     tensors |= {f"row.{number}.weight": row.numpy() for number, row in rows.items()}
+    tensors |= {} if embedding is None else {"embedding": embedding}
     info = RoutingInfo(
         statistics=StatisticsInfo(
             layer=layer,
@@ -271,9 +156,22 @@ def public_routing(
             tokens=int(total.total.count),
             documents=chosen.documents,
         ),
-        rows=RowsInfo(layers=tuple(sorted(rows)), has_bias=False, init="anchor") if rows else None,
+        rows=_public_rows_info(rows, init="anchor" if embedding is None else "sentence-transformer"),
+        embedding=_embedding_info(embedder, embedding),
     )
     out.mkdir(parents=True)
     RoutingArtifacts(info=info, tensors=tensors).save(out)
     (out / INFO_FILE).write_text(info.model_dump_json(indent=2) + "\n")
     return out
+
+
+def _public_rows_info(rows: dict[int, Tensor], *, init: str) -> RowsInfo | None:
+    if not rows:
+        return None
+    return RowsInfo(layers=tuple(sorted(rows)), has_bias=False, public_digest=rows_digest(rows), init=init)
+
+
+def _embedding_info(embedder: Path | None, embedding: NDArray[np.float32] | None) -> EmbeddingInfo | None:
+    if embedder is None or embedding is None:
+        return None
+    return EmbeddingInfo(model=embedder.name, dim=len(embedding))

@@ -11,13 +11,16 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from experts.errors import DataError
 
-__all__ = ["Windows", "make_windows", "read_documents", "split_held_out"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Windows", "document_windows", "make_windows", "read_documents", "split_held_out"]
 
 _CHARACTERS_PER_TOKEN = 8
 """An excerpt of this many characters for every token of a window nearly always fills the window."""
@@ -158,6 +161,27 @@ def _token_windows(
             while len(rest) >= length:
                 yield index, rest[:length]
                 rest = rest[length:]
+
+
+def document_windows(text: str, tokenizer: Any, *, sequence_length: int, limit: int) -> Tensor:
+    """At most ``limit`` windows of one document, evenly spread over it, with nothing of any other.
+
+    Returns:
+        int64 ``(windows, sequence_length)``; one shorter row where the document does not fill a window, and none
+        where it has no token.
+    """
+    import torch
+
+    prefix = _prefix(tokenizer)
+    room = sequence_length - len(prefix)
+    pieces = [text[start:end] for _, start, end in _excerpts([text], size=room * _CHARACTERS_PER_TOKEN)]
+    spread = pieces[:: max(1, len(pieces) // limit)][:limit]
+    rows = tokenizer(spread, add_special_tokens=False, verbose=False)["input_ids"] if spread else []
+    full = [prefix + ids[:room] for ids in rows if len(ids) >= room]
+    if full:
+        return torch.tensor(full, dtype=torch.int64)
+    longest: list[int] = max(rows, key=len, default=[])
+    return torch.tensor([prefix + longest] if longest else [], dtype=torch.int64).reshape(bool(longest), -1)
 
 
 def make_windows(

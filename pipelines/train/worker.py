@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from experts.errors import CoterieError, TrainingError
 from pipelines.train.anchor import ResolvedBase, compute_dtype, load_anchor, resolve_base
 from pipelines.train.job import DomainJob
+from pipelines.train.noisy_statistics import check_public_statistics
 from pipelines.train.progress import Progress, ProgressFn
 
 if TYPE_CHECKING:
@@ -247,13 +248,15 @@ def check_job(job: DomainJob, *, base: ResolvedBase, version: int, out: Path) ->
 
     Raises:
         CoterieError: ``out`` exists.
-        ManifestError: The base does not have the job's layers.
+        ManifestError: The base does not have the job's layers, or not the statistics that noise needs.
         CardError: A field that the card refuses; it is tried with a made-up file.
     """
     from experts.card import ExpertCard, FileEntry
 
     if out.exists():
         raise CoterieError(f"'{out}' exists already. Choose another folder for {job.name}, or remove it.")
+    layers = job.layer_numbers(base.description.num_layers)
+    check_public_statistics(job, base.routing_info, layer=layers[0])
     ExpertCard.create(
         format_version=1,
         library_version="0",
@@ -264,7 +267,7 @@ def check_job(job: DomainJob, *, base: ResolvedBase, version: int, out: Path) ->
         kind=job.kind,
         license=job.license,
         base=base.ref,
-        layers=job.layer_numbers(base.description.num_layers),
+        layers=layers,
         rank=None,
         files=(FileEntry(path="made-up", size=0, sha256="0" * 64),),
         training=_training_info(job),

@@ -169,6 +169,15 @@ class TestPublicRouting:
         )
         assert (both.code, both.err) == (2, message)
 
+    def test_an_embedder_that_is_none(self, run: Any, registry: Path, texts: dict[str, Path]) -> None:
+        given = ("--text", texts["public"], "--embedder", texts["public"].parent)
+        outcome = run("base", "public-routing", "pico", *given, registry=registry)
+        assert outcome.code == 2
+        assert outcome.err == (
+            f"Error: --embedder '{texts['public'].parent}' is not the folder of a SentenceTransformer (no modules.json "
+            "in it).\n"
+        )
+
     def test_not_an_artefact(self, run: Any, registry: Path, tmp_path: Path) -> None:
         outcome = run("base", "public-routing", "pico", "--from", tmp_path, registry=registry)
         assert outcome.code == 2

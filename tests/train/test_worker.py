@@ -183,7 +183,8 @@ def test_without_statistics_there_is_no_routing_artefact(make_job, tmp_path):
 def test_coordinated_training_freezes_the_public_row_and_ships_its_own(make_job, texts, tmp_path):
     """F7 on a whole job: only the owner's halves move."""
     from experts.routing_artifacts import RoutingInfo
-    from pipelines.train.routing import public_routing, rows_digest
+    from pipelines.train.routing import public_routing
+    from pipelines.train.rows import rows_digest
 
     job = make_job(
         "olmo2",
