@@ -198,6 +198,7 @@ def check_contents(
     """
     _check_base(card, base)
     kind = get_kind(card.kind)
+    kind.check_base(base)
     config = kind.read_config(files[kind.config_file])
     resolved = kind.resolve(config, base)
     with open_regular(files[kind.weights_file]) as stream:
@@ -283,6 +284,7 @@ def _check_claims(
         problems.append(
             f"base: the card says '{card.base.name}', {kind.config_file} says {resolved.base_name!r}"
         )
+    problems += _retrieval_problems(card, base)
     for where, number in _routing_layers(card):
         if number >= base.num_layers:
             problems.append(f"{where}: the base has no layer {number}; it has 0 to {base.num_layers - 1}")
@@ -296,7 +298,24 @@ def _routing_layers(card: ExpertCard) -> list[tuple[str, int]]:
     routing = card.routing
     rows = routing.rows.layers if routing and routing.rows else ()
     statistics = [routing.statistics.layer] if routing and routing.statistics else []
+    retrieval = routing.retrieval if routing else None
+    states = [retrieval.state.layer] if retrieval and retrieval.state else []
     return [
         *(("routing.rows.layers", number) for number in rows),
         *(("routing.statistics.layer", number) for number in statistics),
+        *(("routing.retrieval.state.layer", number) for number in states),
     ]
+
+
+def _retrieval_problems(card: ExpertCard, base: BaseDescription) -> list[str]:
+    retrieval = card.routing.retrieval if card.routing else None
+    if retrieval is None:
+        return []
+    if base.embedding is None:
+        return ["routing.retrieval: sums over embeddings, and the base is no embedding model"]
+    expected = "l2" if base.embedding.normalize else "none"
+    if retrieval.normalization != expected:
+        return [
+            f"routing.retrieval.normalization: '{retrieval.normalization}', and the base's embeddings have '{expected}'"
+        ]
+    return []

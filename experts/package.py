@@ -121,7 +121,8 @@ def pack(
     checked_license = check_license(license)
     if staging.exists() and (not staging.is_dir() or any(staging.iterdir())):
         raise AdmissionError(f"'{staging}' exists and is not an empty folder; name another one.")
-    expert_kind = get_kind(kind) if kind else detect_kind(folder)
+    expert_kind = get_kind(kind) if kind else detect_kind(folder, embeds=base.embedding is not None)
+    expert_kind.check_base(base)
     _check_raw(folder, expert_kind, routing)
     expert_kind.check_raw(folder, base, base_ref)
     partial = _partial_folder(staging)

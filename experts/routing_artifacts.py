@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from experts.errors import AdmissionError
 from experts.files import open_regular, path_problems, write_atomic
+from experts.retrieval_artifacts import RetrievalArtifacts
+from experts.retrieval_info import RetrievalInfo
 from experts.routing_checks import check_schema, check_values
 from experts.safetensors_header import Header, StoredTensor, TensorSpec, read_header_from
 
@@ -117,6 +119,7 @@ class RoutingInfo(BaseModel):
     statistics: StatisticsInfo | None = None
     rows: RowsInfo | None = None
     embedding: EmbeddingInfo | None = None
+    retrieval: RetrievalInfo | None = None
 
     @field_validator("file")
     @classmethod
@@ -173,7 +176,7 @@ class RoutingArtifacts:
 
     Tensors, exactly those that ``info`` declares: ``embedding`` F32 ``(dim,)``; ``row.{layer}.weight`` F32
     ``(d,)`` and ``row.{layer}.bias`` F32 ``(1,)``; ``statistics.count`` F64 ``(1,)``, ``statistics.sum`` F64
-    ``(d,)``, ``statistics.scatter`` F64 ``(d, d)``.
+    ``(d,)``, ``statistics.scatter`` F64 ``(d, d)``; those of `experts.retrieval_checks.retrieval_tensors`.
     """
 
     info: RoutingInfo
@@ -189,6 +192,13 @@ class RoutingArtifacts:
             sum=self.tensors["statistics.sum"].astype("float64", copy=False),
             scatter=self.tensors["statistics.scatter"].astype("float64", copy=False),
         )
+
+    @property
+    def retrieval(self) -> RetrievalArtifacts | None:
+        """What routes queries to a retriever, if the file has it."""
+        if self.info.retrieval is None:
+            return None
+        return RetrievalArtifacts.from_tensors(self.info.retrieval, self.tensors)
 
     @property
     def embedding(self) -> NDArray[np.floating] | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from experts.errors import AdmissionError
 from experts.files import capped
+from experts.retrieval_checks import retrieval_problems, retrieval_tensors
 from experts.safetensors_header import TensorSpec
 
 if TYPE_CHECKING:
@@ -19,7 +20,15 @@ if TYPE_CHECKING:
 
     from experts.routing_artifacts import RoutingInfo, StatisticsInfo
 
-__all__ = ["MAX_BIAS", "MAX_EMBEDDING", "MAX_ROW_RMS", "MAX_STATE", "check_schema", "check_values"]
+__all__ = [
+    "MAX_BIAS",
+    "MAX_EMBEDDING",
+    "MAX_ROW_RMS",
+    "MAX_STATE",
+    "check_schema",
+    "check_values",
+    "is_positive",
+]
 
 MAX_ROW_RMS = 8.0
 """Largest root mean square of a router row's entries. Rows are initialised below 1 and move little; a row far
@@ -54,6 +63,10 @@ def check_schema(
     if hidden_size is None:
         hidden_size = _width(tensors)
     problems = compare_schema(tensors, _expected(info, hidden_size))
+    if info.retrieval is not None and info.retrieval.dimension != hidden_size:
+        problems.append(
+            f"retrieval.dimension: {info.retrieval.dimension} declared, the base's embeddings have {hidden_size}"
+        )
     if problems:
         raise AdmissionError(f"{what} does not hold what it declares:", problems=capped(problems))
 
@@ -66,6 +79,8 @@ def _expected(info: RoutingInfo, hidden_size: int) -> dict[str, TensorSpec]:
         expected[f"row.{layer}.weight"] = TensorSpec(dtype="F32", shape=(hidden_size,))
         if info.rows and info.rows.has_bias:
             expected[f"row.{layer}.bias"] = TensorSpec(dtype="F32", shape=(1,))
+    if info.retrieval:
+        expected |= retrieval_tensors(info.retrieval, hidden_size)
     if info.statistics:
         expected["statistics.count"] = TensorSpec(dtype="F64", shape=(1,))
         expected["statistics.sum"] = TensorSpec(dtype="F64", shape=(hidden_size,))
@@ -76,7 +91,7 @@ def _expected(info: RoutingInfo, hidden_size: int) -> dict[str, TensorSpec]:
 def _width(tensors: Mapping[str, TensorSpec]) -> int:
     """Take the width from the first tensor that has it; the others are then held to it."""
     for name, spec in tensors.items():
-        if name == "statistics.sum" or name.endswith(".weight"):
+        if name.endswith((".sum", ".weight")):
             return spec.shape[0] if spec.shape else 1
     return 1
 
@@ -97,6 +112,8 @@ def check_values(tensors: Mapping[str, NDArray[np.floating]], info: RoutingInfo,
     problems = problems or [text for name, array in tensors.items() for text in _bounds(name, array)]
     if not problems and info.statistics is not None:
         problems = _statistics_problems(tensors, info.statistics)
+    if not problems and info.retrieval is not None:
+        problems = retrieval_problems(info.retrieval, tensors)
     if problems:
         raise AdmissionError(f"{what} holds values that are not allowed:", problems=capped(problems))
 
@@ -147,17 +164,17 @@ def _statistics_problems(tensors: Mapping[str, NDArray[np.floating]], info: Stat
             f"count * width = {count * len(total):.6g}"
         )
     # the covariance's factor is enough: the scatter matrix is the sum of two semi-definite ones then
-    elif not problems and not _is_positive(scatter - np.outer(total, total) / count, slack=slack):
+    elif not problems and not is_positive(scatter - np.outer(total, total) / count, slack=slack):
         problems.append(
             "tensor 'statistics.sum': too large for statistics.count and statistics.scatter; all three must "
             "be sums over the same states"
-            if _is_positive(scatter, slack=slack)
+            if is_positive(scatter, slack=slack)
             else "tensor 'statistics.scatter': not positive semi-definite; it must be the sum of x xᵀ"
         )
     return problems
 
 
-def _is_positive(matrix: NDArray[np.floating], *, slack: float) -> bool:
+def is_positive(matrix: NDArray[np.floating], *, slack: float) -> bool:
     """Say whether a symmetric matrix is positive semi-definite up to rounding: whether Cholesky's factor exists."""
     import numpy as np
 

@@ -229,6 +229,122 @@ class Pico:
         folder = self.embedder(**settings)
         return self.once(lambda: BaseDescription.from_folder(folder), "embedder description", folder)
 
+    def domain_texts(self, seed: int, *, count: int, words: int = 8) -> list[str]:
+        """Texts of a domain: words of two syllables out of a third of them, by seed; seed 0 uses all."""
+        import random
+
+        pairs = [c + v for c in "bcdfghjklmnprstvwxyz" for v in "aeiou"]
+        third = len(pairs) // 3
+        own = pairs[third * (seed - 1) : third * seed] if seed else pairs
+        draw = random.Random(100 + seed)
+        return [" ".join("".join(draw.choices(own, k=2)) for _ in range(words)) for _ in range(count)]
+
+    def write_retriever(
+        self, folder: Path, *, seed: int, layers: Sequence[int] = (2, 3), zero: bool = False, **config: Any
+    ) -> Path:
+        """Write an adapter on the pico embedder's query, value and FFN-in linears with PEFT itself."""
+        import torch
+        from peft import LoraConfig, get_peft_model
+
+        settings = {
+            "r": 2,
+            "lora_alpha": 8,
+            "target_modules": ["query", "value", "intermediate.dense"],
+            "layers_to_transform": list(layers),
+            "layers_pattern": "layer",
+            "task_type": "FEATURE_EXTRACTION",
+            **config,
+        }
+        base = self.encoder()
+        torch.manual_seed(seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            adapted = get_peft_model(base, LoraConfig(**settings))
+            for name, parameter in adapted.named_parameters():
+                if "lora_B" in name and not zero:
+                    torch.nn.init.normal_(parameter, std=0.3)
+            adapted.peft_config["default"].base_model_name_or_path = str(self.embedder())
+            adapted.save_pretrained(folder)
+        return folder
+
+    def retrieval_artifacts(self, seed: int, *, layer: int = 2, count: int = 96, **settings: Any) -> Any:
+        """Sums over the embeddings and the states of a domain's texts, and a pilot of the owner's own expert."""
+        from experts.retrieval_artifacts import Moments, RetrievalArtifacts
+
+        vectors, states = self.once(
+            lambda: self._embed(self.domain_texts(seed, count=count), layer), "embedded", seed, layer, count
+        )
+        return RetrievalArtifacts.create(
+            embedding=Moments.from_vectors(vectors),
+            normalization="l2",
+            state=Moments.from_vectors(states),
+            state_layer=layer,
+            **settings,
+        )
+
+    def _embed(self, texts: Sequence[str], layer: int) -> tuple[Any, Any]:
+        """The pico embedder's embeddings, and the mean states entering a layer, of length 1; by hand."""
+        import torch
+        from torch.nn.functional import normalize
+
+        inputs = _wordpieces(64)(list(texts), padding=True, truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            states = self.encoder()(**inputs, output_hidden_states=True).hidden_states
+        mask = inputs["attention_mask"][..., None].float()
+        pooled = [
+            normalize((s * mask).sum(1) / mask.sum(1), dim=1).numpy() for s in (states[-1], states[layer])
+        ]
+        return pooled[0], pooled[1]
+
+    def pack_retriever(
+        self, raw: Path, *, name: str, artifacts: Any = None, version: int = 1, **embedder: Any
+    ) -> Path:
+        """Pack a raw retriever for publication; ``embedder`` chooses the base, see `embedder`."""
+        from experts.card import BaseRef
+        from experts.fingerprint import tokenizer_fingerprint
+        from experts.package import pack
+        from experts.routing_artifacts import RoutingArtifacts, RoutingInfo
+
+        routing = None
+        if artifacts is not None:
+            routing = RoutingInfo(retrieval=artifacts.info)
+            RoutingArtifacts(info=routing, tensors=artifacts.tensors()).save(raw)
+        base = self.embedder_description(**embedder)
+        ref = BaseRef(
+            name="embedder",
+            fingerprint=base.fingerprint,
+            tokenizer_fingerprint=tokenizer_fingerprint(self.embedder(**embedder)),
+            embedding=base.embedding,
+        )
+        package = self.scratch("package")
+        pack(
+            raw,
+            package,
+            name=name,
+            version=version,
+            domain=name.partition("/")[0],
+            license="Apache-2.0",
+            base=base,
+            base_ref=ref,
+            routing=routing,
+        )
+        return package
+
+    def retriever_library(self) -> Registry:
+        """A registry with the pico embedder and one retriever of every owner, ``acme/search`` and so on; shared."""
+        return self.once(self._fill_retrievers, "retriever library")
+
+    def _fill_retrievers(self) -> Registry:
+        from registry import Registry
+
+        registry = Registry(self.scratch("registry"))
+        registry.add_base(self.embedder(), name="embedder")
+        for owner, (seed, rank, _) in OWNERS.items():
+            raw = self.write_retriever(self.scratch("raw"), seed=seed, r=rank)
+            artifacts = self.retrieval_artifacts(seed)
+            registry.register(self.pack_retriever(raw, name=f"{owner}/search", artifacts=artifacts))
+        return registry
+
     # Experts
 
     def write_lora(self, folder: Path, *, family: str = "llama", seed: int, **config: Any) -> Path:

@@ -24,6 +24,7 @@ KINDS = PluginTable(
         "dense": "experts.kinds.dense:DenseKind",
         "ffn": "experts.kinds.ffn:FFNKind",
         "lora": "experts.kinds.lora:LoraKind",
+        "retriever": "experts.kinds.retriever:RetrieverKind",
     },
 )
 """Kind name to ``module:Class``."""
@@ -40,13 +41,17 @@ def get_kind(name: str) -> ExpertKind:
     return kind
 
 
-def detect_kind(folder: Path) -> ExpertKind:
+def detect_kind(folder: Path, *, embeds: bool = False) -> ExpertKind:
     """Return the kind whose files the folder holds.
+
+    Args:
+        folder: The raw folder.
+        embeds: Whether the base is an embedding model; an adapter's files do not say what it is for.
 
     Raises:
         AdmissionError: None or several fit.
     """
-    kinds = [get_kind(name) for name in KINDS]
+    kinds = [kind for name in KINDS if (kind := get_kind(name)).embeds == embeds]
     fitting = [kind for kind in kinds if kind.detect(folder)]
     if len(fitting) == 1:
         return fitting[0]

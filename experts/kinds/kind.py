@@ -31,7 +31,7 @@ class ResolvedConfig:
     shapes: Mapping[str, tuple[int, ...]]
     """Name and shape of every tensor that the weights file must hold, no more and no less."""
     layers: tuple[int, ...]
-    """Decoder layers that the expert changes, ascending."""
+    """Layers that the expert changes, ascending."""
     rank: int | None
     """Largest rank of a low-rank expert."""
     ffn_only: bool
@@ -55,6 +55,8 @@ class ExpertKind(ABC):
     """Files that may lie beside this kind's own in a raw folder; they are never copied."""
     links_allowed: ClassVar[bool] = False
     """Whether the files of a raw folder may be links, as in a download cache; a packed expert never holds one."""
+    embeds: ClassVar[bool] = False
+    """Whether experts of this kind are made for embedding models, not for language models."""
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -76,6 +78,21 @@ class ExpertKind(ABC):
     def hint(self, folder: Path) -> str | None:
         """Say why a folder that holds no known kind's files may be meant as this one, and what to do."""
         return None
+
+    def check_base(self, base: BaseDescription) -> None:
+        """Check that experts of this kind can be made for the base at all.
+
+        Raises:
+            AdmissionError: They cannot.
+        """
+        if self.embeds == (base.embedding is not None):
+            return
+        needed = "an embedding model (a sentence-transformers folder)" if self.embeds else "a language model"
+        found = "a language model" if base.embedding is None else "an embedding model"
+        raise AdmissionError(
+            f"An expert of kind '{self.name}' is made for {needed}, and the base at hand is {found}. Use another "
+            "base, or another kind of expert."
+        )
 
     def check_raw(self, folder: Path, base: BaseDescription, base_ref: BaseRef) -> None:
         """Check what a raw folder holds beside the files that are packed.
@@ -142,7 +159,7 @@ class ExpertKind(ABC):
         return {name: TensorSpec(dtype=dtype, shape=shape) for name, shape in shapes.items()}
 
     def layers(self, config: Mapping[str, object], base: BaseDescription) -> tuple[int, ...]:
-        """Return the decoder layers that the expert changes, ascending."""
+        """Return the layers that the expert changes, ascending."""
         return self.resolve(config, base).layers
 
     def ffn_only(self, config: Mapping[str, object], base: BaseDescription) -> bool:

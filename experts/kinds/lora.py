@@ -20,7 +20,7 @@ from experts.kinds.kind import ExpertKind, ResolvedConfig
 from experts.kinds.lora_config import KNOWN_KEYS, LoraConfig, parse_lora_config
 from experts.kinds.lora_match import TargetMatcher, pattern_values, target_reason
 
-__all__ = ["LoraKind", "LoraModule", "LoraSpec", "lora_spec", "lora_tensor_names"]
+__all__ = ["AdapterKind", "LoraKind", "LoraModule", "LoraSpec", "lora_spec", "lora_tensor_names"]
 
 MAX_UPDATE_RMS = 100.0
 """Largest allowed bound on the root mean square of an update's entries,
@@ -62,10 +62,10 @@ def lora_spec(config: Mapping[str, object], base: BaseDescription) -> LoraSpec:
     """Resolve an ``adapter_config.json`` on a base.
 
     Raises:
-        AdmissionError: A key that is not allowed, or a target that is not a linear of the decoder layers; every
+        AdmissionError: A key that is not allowed, or a target that is not a linear of the base's layers; every
             offender is listed.
     """
-    parsed = parse_lora_config(config)
+    parsed = parse_lora_config(config, embeds=base.embedding is not None)
     linears = base.layer_linears()
     targets = TargetMatcher(parsed)
     matched = [name for name in linears if targets.matches(name)]
@@ -94,12 +94,12 @@ def _modules(config: LoraConfig, names: list[str]) -> dict[str, LoraModule]:
 def _target_problems(
     targets: TargetMatcher, base: BaseDescription, linears: Mapping[str, object]
 ) -> list[str]:
-    """Every target must hit a linear of the decoder layers, and nothing else."""
+    """Every target must hit a linear of the base's layers, and nothing else."""
     outside = sorted({name.rpartition(".")[0] for name in base.tensors} - set(linears))
     stray = {target: name for name in reversed(outside) for target in targets.matches(name)}
     hit = {target for name in linears for target in targets.matches(name)}
     problems = [
-        f"target_modules: '{target}' matches '{name}', which is not a linear of the decoder layers"
+        f"target_modules: '{target}' matches '{name}', which is not a linear of the base's layers"
         for target, name in stray.items()
     ]
     missed = [target for target in targets.names if target not in hit and target not in stray]
@@ -115,11 +115,9 @@ def _layer_problems(config: LoraConfig, base: BaseDescription) -> list[str]:
     ]
 
 
-@final
-class LoraKind(ExpertKind):
-    """PEFT LoRA adapters."""
+class AdapterKind(ExpertKind):
+    """What PEFT LoRA adapters have in common, whatever they are made for."""
 
-    name = "lora"
     config_file = "adapter_config.json"
     weights_file = "adapter_model.safetensors"
 
@@ -163,3 +161,10 @@ class LoraKind(ExpertKind):
                     f"at most {MAX_UPDATE_RMS:g} is allowed"
                 )
         return problems
+
+
+@final
+class LoraKind(AdapterKind):
+    """PEFT LoRA adapters on language models."""
+
+    name = "lora"

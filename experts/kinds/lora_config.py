@@ -122,7 +122,6 @@ _PATTERN_HINT = "a mapping of module names, or simple patterns of them, to"
 _RULES: dict[str, _Rule] = {
     "peft_type": _Rule(_one_of("LORA"), "'LORA'"),
     "peft_version": _Rule(lambda v: v is None or _is_text(r"[0-9A-Za-z.+@-]{1,100}")(v), "a version"),
-    "task_type": _Rule(_one_of("CAUSAL_LM", None), "'CAUSAL_LM' (other tasks add tensors) or null"),
     "base_model_name_or_path": _Rule(
         lambda v: v is None or (isinstance(v, str) and len(v) <= 4096), "a name"
     ),
@@ -145,7 +144,7 @@ _RULES: dict[str, _Rule] = {
         _one_of(True, False, "gaussian", "orthogonal"),
         "true, false, 'gaussian' or 'orthogonal' (others alter the base; convert the adapter to plain LoRA first)",
     ),
-    "auto_mapping": _Rule(_one_of(None), "null: it names code; train with task_type='CAUSAL_LM'"),
+    "auto_mapping": _Rule(_one_of(None), "null: it names code; train with a task_type"),
     "megatron_core": _Rule(_one_of(None, "megatron.core"), "PEFT's default 'megatron.core' or null"),
     "qalora_group_size": _Rule(lambda v: type(v) is int and 0 < v <= 1 << 20, "a whole number"),
     "fan_in_fan_out": _FALSE,
@@ -176,32 +175,45 @@ _RULES: dict[str, _Rule] = {
     ),
 }
 
-KNOWN_KEYS = frozenset(_RULES)
+KNOWN_KEYS = frozenset({*_RULES, "task_type"})
 """Every key that may occur."""
+_TASKS = {
+    False: _Rule(_one_of("CAUSAL_LM", None), "'CAUSAL_LM' (other tasks add tensors) or null"),
+    True: _Rule(
+        _one_of("FEATURE_EXTRACTION", None), "'FEATURE_EXTRACTION' (other tasks add tensors) or null"
+    ),
+}
+"""The task that a kind's adapters may name, by whether they are made for embedding models."""
 _NEEDED = ("peft_type", "r", "lora_alpha", "target_modules")
 
 
-def parse_lora_config(config: Mapping[str, object]) -> LoraConfig:
+def parse_lora_config(config: Mapping[str, object], *, embeds: bool = False) -> LoraConfig:
     """Check every key of an ``adapter_config.json`` and return those that matter.
+
+    Args:
+        config: The file's content.
+        embeds: Whether the adapter is for an embedding model.
 
     Raises:
         AdmissionError: Unknown, missing or disallowed keys; all are listed.
     """
-    problems = [problem for key, value in config.items() if (problem := _problem(key, value))]
-    problems += [f"{key}: missing; allowed is {_RULES[key].allowed}" for key in _NEEDED if key not in config]
+    rules = {**_RULES, "task_type": _TASKS[embeds]}
+    problems = [problem for key, value in config.items() if (problem := _problem(key, value, rules))]
+    problems += [f"{key}: missing; allowed is {rules[key].allowed}" for key in _NEEDED if key not in config]
     if config.get("layers_pattern") and config.get("layers_to_transform") is None:
         problems.append("layers_pattern: needs layers_to_transform as well")
     if problems:
         raise AdmissionError(
-            "adapter_config.json is not allowed for a lora expert:", problems=capped(problems)
+            f"adapter_config.json is not allowed for a {'retriever' if embeds else 'lora'} expert:",
+            problems=capped(problems),
         )
     return _parsed(config)
 
 
-def _problem(key: str, value: object) -> str | None:
-    rule = _RULES.get(key)
+def _problem(key: str, value: object, rules: Mapping[str, _Rule]) -> str | None:
+    rule = rules.get(key)
     if rule is None:
-        near = difflib.get_close_matches(key, _RULES, n=1, cutoff=0.6)
+        near = difflib.get_close_matches(key, rules, n=1, cutoff=0.6)
         return f"{key}: unknown key" + (f"; did you mean '{near[0]}'?" if near else "")
     return None if rule.accepts(value) else f"{key}: {_shown(value)} found; allowed is {rule.allowed}"
 

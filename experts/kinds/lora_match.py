@@ -62,5 +62,5 @@ def target_reason(target: str, linears: Iterable[str]) -> str:
     near = difflib.get_close_matches(target, known, n=1, cutoff=0.5)
     guess = f"; did you mean '{near[0]}'?" if near else "."
     return (
-        f"target_modules: '{target}' matches no linear of the decoder layers{guess} Known: {', '.join(known)}"
+        f"target_modules: '{target}' matches no linear of the base's layers{guess} Known: {', '.join(known)}"
     )

@@ -310,7 +310,10 @@ def test_unknown_licence_and_kind(packed: Packed, reseal: Reseal) -> None:
     )
     with pytest.raises(UnknownNameError) as unknown:
         check_expert(folder, reseal(folder, card, kind="loraa"), base)
-    assert str(unknown.value) == "Unknown expert kind 'loraa'. Did you mean 'lora'? Known: dense, ffn, lora."
+    assert (
+        str(unknown.value)
+        == "Unknown expert kind 'loraa'. Did you mean 'lora'? Known: dense, ffn, lora, retriever."
+    )
 
 
 FOLDER = "The folder of expert 'acme/contracts' is not as packed:\n  - "

@@ -89,8 +89,8 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"licence": "MIT", "base": {"name": "p", "fingerprnt": ONE, "tokenizer_fingerprint": TWO}},
         [
             "base.fingerprint: missing",
-            "base.fingerprnt: unknown key; did you mean 'fingerprint'? Allowed: fingerprint, name, revision, "
-            "tokenizer_fingerprint",
+            "base.fingerprnt: unknown key; did you mean 'fingerprint'? Allowed: embedding, fingerprint, name, "
+            "revision, tokenizer_fingerprint",
             "licence: unknown key; did you mean 'license'? Allowed: base, derived_from, description, domain, files, "
             "format_version, kind, layers, library_version, license, metrics, name, optout_class, owner, rank, "
             "routing, terms, training, version",

@@ -226,8 +226,8 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "auto mapping": (
         {"auto_mapping": {"parent_library": "x"}},
         [
-            "auto_mapping: {'parent_library': 'x'} found; allowed is null: it names code; train with "
-            "task_type='CAUSAL_LM'"
+            "auto_mapping: {'parent_library': 'x'} found; allowed is null: it names code; train with a "
+            "task_type"
         ],
     ),
     "megatron": (
@@ -317,11 +317,11 @@ def test_targets_that_do_not_fit(base: Base) -> None:
     assert str(caught.value) == (
         "adapter_config.json does not fit the base:\n"
         "  - target_modules: 'input_layernorm' matches 'model.layers.1.input_layernorm', which is not a linear of the "
-        "decoder layers\n"
-        "  - target_modules: 'lm_head' matches 'lm_head', which is not a linear of the decoder layers\n"
-        f"  - target_modules: 'gate_prj' matches no linear of the decoder layers; did you mean 'gate_proj'? {known}\n"
-        f"  - target_modules: 'embed_tokens' matches no linear of the decoder layers. {known}\n"
-        f"  - target_modules: 'mlp' matches no linear of the decoder layers. {known}\n"
+        "base's layers\n"
+        "  - target_modules: 'lm_head' matches 'lm_head', which is not a linear of the base's layers\n"
+        f"  - target_modules: 'gate_prj' matches no linear of the base's layers; did you mean 'gate_proj'? {known}\n"
+        f"  - target_modules: 'embed_tokens' matches no linear of the base's layers. {known}\n"
+        f"  - target_modules: 'mlp' matches no linear of the base's layers. {known}\n"
         "  - layers_to_transform: the base has no layer 7; it has 0 to 2"
     )
 
@@ -331,7 +331,7 @@ def test_embeddings_cannot_be_targets(base: Base) -> None:
         lora_spec(config(target_modules=["embed_tokens", "up_proj"]), base("llama"))
     assert str(caught.value) == (
         "adapter_config.json does not fit the base:\n"
-        "  - target_modules: 'embed_tokens' matches 'model.embed_tokens', which is not a linear of the decoder layers"
+        "  - target_modules: 'embed_tokens' matches 'model.embed_tokens', which is not a linear of the base's layers"
     )
 
 

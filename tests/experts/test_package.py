@@ -337,7 +337,10 @@ def test_bad_names(raw: Path, do_pack: Callable[..., ExpertCard]) -> None:
         do_pack(raw, name="Contracts")
     with pytest.raises(UnknownNameError) as unknown:
         do_pack(raw, kind="fnn")
-    assert str(unknown.value) == "Unknown expert kind 'fnn'. Did you mean 'ffn'? Known: dense, ffn, lora."
+    assert (
+        str(unknown.value)
+        == "Unknown expert kind 'fnn'. Did you mean 'ffn'? Known: dense, ffn, lora, retriever."
+    )
     with pytest.raises(CardError, match="'Apche' is not an SPDX licence expression"):
         do_pack(raw, license="Apche")
     with pytest.raises(CardError) as caught:

@@ -60,7 +60,7 @@ def test_a_filter_looks_at_the_newest_version_only(library: Registry, make_exper
         ({"domain": "lwa"}, "Unknown domain 'lwa'. Did you mean 'law'? Known: code, law, medicine."),
         ({"owner": "acem"}, "Unknown owner 'acem'. Did you mean 'acme'? Known: acme, hosp."),
         ({"base": "pcio"}, "Unknown base 'pcio'. Did you mean 'pico'? Known: pico."),
-        ({"kind": "lara"}, "Unknown kind 'lara'. Did you mean 'lora'? Known: dense, ffn, lora."),
+        ({"kind": "lara"}, "Unknown kind 'lara'. Did you mean 'lora'? Known: dense, ffn, lora, retriever."),
     ],
     ids=["domain", "owner", "base", "kind"],
 )
