@@ -17,27 +17,53 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="session")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+# one process for all: each would import torch, transformers and mergekit anew
+_RUN = """
+import runpy
+import sys
+folder, work, *names = sys.argv[1:]
+sys.path.insert(0, folder)
+for name in names:
+    print(f"== {name}", flush=True)
+    sys.argv = [name, "--tiny", "--rounds", "1", "--out", f"{work}/{name}/out/{name}.json", "--work", f"{work}/{name}"]
+    runpy.run_path(f"{folder}/{name}.py", run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def written(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[dict[str, Any], str]]:
+    """What each benchmark of the module's table ``FIGURES`` writes and prints."""
+    names = list(request.module.FIGURES)
+    work = tmp_path_factory.mktemp("benchmarks")
+    for name in names:
+        (work / name).mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", _RUN, str(ROOT / "benchmarks"), str(work), *names],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {}
+    for part in done.stdout.split("== ")[1:]:
+        name = part.split("\n", 1)[0]
+        assert [path.name for path in (work / name).iterdir()] == ["out"], "the temporary folder is removed"
+        found[name] = (json.loads((work / name / "out" / f"{name}.json").read_text()), part)
+    return found
+
+
+@pytest.fixture
+def bench(written: dict[str, tuple[dict[str, Any], str]]) -> Callable[[str], dict[str, Any]]:
     """Return what a benchmark writes: bench("compose")."""
 
     def run(name: str) -> dict[str, Any]:
-        work = tmp_path_factory.mktemp(name)
-        out = work / "out" / f"{name}.json"
-        script = ROOT / "benchmarks" / f"{name}.py"
-        done = subprocess.run(
-            [sys.executable, str(script), "--tiny", "--rounds", "1", "--out", str(out), "--work", str(work)],
-            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"},
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert sorted(path.name for path in work.iterdir()) == ["out"], "the temporary folder is removed"
-        data = json.loads(out.read_text())
+        data, printed = written[name]
         for figure in data["figures"]:
-            assert figure in done.stdout
+            assert figure in printed
         return data
 
     return run

@@ -80,7 +80,7 @@ from pipelines.cli.main import main
 class Stdin:
     def read(self):
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(30)
+        time.sleep(90)
 
 sys.stdin = Stdin()
 sys.argv = ["coterie", "generate", "anywhere", "--prompt", "-"]
@@ -96,7 +96,7 @@ def test_ctrl_c(tmp_path: Path) -> None:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=25,
+        timeout=60,
         check=False,
     )
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "Interrupted.\n")
@@ -163,7 +163,7 @@ def test_ten_thousand_experts_are_listed_within_a_second(call: Call, registry: P
         assert len(result.stdout.splitlines()) == 10_004
         return float(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
-    assert min(seconds() for _ in range(3)) < 1.0
+    assert any(seconds() < 1.0 for _ in range(3))
 
 
 def test_a_terminal_sees_progress_and_stdout_stays_clean(base_folder: Path, tmp_path: Path) -> None:
