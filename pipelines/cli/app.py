@@ -31,6 +31,7 @@ from pipelines.cli import (
     measure,
     memorization,
     train,
+    tune,
 )
 from pipelines.cli.errors import guarded
 from pipelines.cli.options import RegistryOption, examples
@@ -50,6 +51,7 @@ ORDER = (
     "build",
     "add",
     "remove",
+    "tune",
     "generate",
     "evaluate",
     "compare",
@@ -145,6 +147,7 @@ app.command("plan", epilog=compose.PLAN_EXAMPLES)(compose.show_plan)
 app.command("build", epilog=compose.BUILD_EXAMPLES)(compose.build_folder)
 app.command("add", epilog=edit.ADD_EXAMPLES)(edit.add_to_folder)
 app.command("remove", epilog=edit.REMOVE_EXAMPLES)(edit.remove_from_folder)
+app.command("tune", epilog=tune.EXAMPLES)(tune.tune)
 app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
 app.command("evaluate", epilog=measure.EXAMPLES)(measure.evaluate_folder)
 app.command("compare", epilog=compare.EXAMPLES)(compare.compare_folder)

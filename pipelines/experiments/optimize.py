@@ -11,20 +11,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pipelines.train.loop import LoopSettings, one_pass, train
+from pipelines.tune.objective import language_model_loss
 
-__all__ = ["language_model_loss", "optimize"]
+__all__ = ["optimize"]
 
 Progress = Callable[[int, int, float], None]
 """Called with steps done, steps in all, and the loss."""
-
-
-def language_model_loss(model: nn.Module, ids: Tensor) -> Tensor:
-    """Mean cross-entropy of windows ``(batch, length)`` int64, nats a token."""
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
 
 def optimize(
