@@ -11,7 +11,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from composer.lineage import optout_class
 from composer.lock import LOCK_NAME, Lock, LockedBase, LockedExpert
 from composer.members import BASE_FOLDER, DESCRIPTION_NAME, PUBLIC_FOLDER
 from composer.model_card import write_model_card
+from composer.recipes import RECIPES
 from experts.card import CARD_FILE
 from experts.errors import BuildError
 from experts.names import parse_reference
@@ -29,9 +30,10 @@ from experts.names import parse_reference
 if TYPE_CHECKING:
     from composer.manifest import ExpertEntry
     from composer.planning import Plan, PlannedExpert
+    from composer.recipes.base import Recipe
     from composer.source import Source
 
-__all__ = ["build", "library_version", "link_file", "new_folder"]
+__all__ = ["build", "library_version", "link_file", "new_folder", "write_config"]
 
 Progress = Callable[[str, int], None]
 """Called with the path and the bytes of every file that was linked or copied."""
@@ -88,12 +90,13 @@ def build(
     """
     with new_folder(Path(out)) as staging:
         place = _Placer(staging, copy=copy, progress=progress)
-        _place_base(plan, registry, place)
+        recipe: Recipe = RECIPES.load(plan.manifest.recipe)()
+        _place_base(plan, registry, place, top=(*TOKENIZER_FILES, *recipe.top_files))
         for expert in plan.experts:
             _place_expert(expert, registry, place)
         lock = _lock(plan)
         (staging / LOCK_NAME).write_bytes(lock.to_bytes())
-        _write_config(staging, plan, lock)
+        recipe.write_files(staging, plan, lock)
         manifest = yaml.safe_dump(plan.manifest.to_dict(), sort_keys=False, allow_unicode=True)
         (staging / "manifest.yaml").write_text(manifest, encoding="utf-8")
         write_model_card(staging / "README.md", lock, description=plan.manifest.description)
@@ -225,11 +228,11 @@ def _reflink(source: Path, target: Path) -> bool:
     return False
 
 
-def _place_base(plan: Plan, registry: Source, place: _Placer) -> None:
+def _place_base(plan: Plan, registry: Source, place: _Placer, *, top: Collection[str]) -> None:
     for entry in plan.base.files:
         source = registry.blob_path(entry.sha256)
         place(source, f"{BASE_FOLDER}/{entry.path}")
-        if entry.path in TOKENIZER_FILES:
+        if entry.path in top:
             place(source, entry.path)
     (place.staging / DESCRIPTION_NAME).write_text(plan.base.description.to_json(), encoding="utf-8")
     if plan.base.routing is not None and plan.base.routing_sha256 is not None:
@@ -252,7 +255,7 @@ def _lock(plan: Plan) -> Lock:
     if plan.base.routing is not None:
         lineage[f"{PUBLIC_FOLDER}/{plan.base.routing.file}"] = ()
     lineage |= {f"{e.folder}/{entry.path}": (e.owner,) for e in experts for entry in e.files}
-    return Lock(
+    return Lock.of_recipe(plan.manifest.recipe)(
         library_version=library_version(),
         name=plan.manifest.name,
         recipe=plan.manifest.recipe,
@@ -293,7 +296,7 @@ def _locked(expert: PlannedExpert, entry: ExpertEntry) -> LockedExpert:
     )
 
 
-def _write_config(staging: Path, plan: Plan, lock: Lock) -> None:
+def write_config(staging: Path, plan: Plan, lock: Lock) -> None:
     """Write ``config.json`` without importing transformers: the anchor's configuration, wrapped."""
     import json
 

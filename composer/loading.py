@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from composer.model import ComposedForCausalLM
     from registry import Registry
 
-__all__ = ["left_out", "load", "load_untuned"]
+__all__ = ["left_out", "load", "load_language_model", "load_untuned"]
 
 
 def load(
@@ -36,7 +36,7 @@ def load(
     experts_implementation: str | None = None,
     **kwargs: Any,
 ) -> ComposedForCausalLM:
-    """Load a composed model.
+    """Load a composed model: a language model or, of recipe ``router_retriever``, a SentenceTransformer.
 
     Args:
         path: A folder that `composer.building.build` wrote.
@@ -67,7 +67,37 @@ def load(
     members = Members.open(folder, lock, without=left_out(lock, opt_out, registry))
     if verify:
         members.check_digests()
-    model = _base_model(folder, lock, dtype, attn_implementation, experts_implementation)
+    model: ComposedForCausalLM = RECIPES.load(lock.recipe)().load(
+        members,
+        lock,
+        dtype=dtype,
+        device=device,
+        attn_implementation=attn_implementation,
+        experts_implementation=experts_implementation,
+    )
+    return model
+
+
+def load_language_model(
+    members: Members,
+    lock: Lock,
+    *,
+    dtype: Any = None,
+    device: Any = None,
+    attn_implementation: str | None = None,
+    experts_implementation: str | None = None,
+) -> ComposedForCausalLM:
+    """Load the base, put the members in, and move the model; see `load`.
+
+    Args:
+        members: The experts to load.
+        lock: Of the whole composition, owners who are left out included.
+        dtype: Of the weights.
+        device: Where the model goes.
+        attn_implementation: As in `transformers`.
+        experts_implementation: As in `transformers`.
+    """
+    model = _base_model(members.folder, lock, dtype, attn_implementation, experts_implementation)
     _join(model, members, lock)
     if device is not None:
         model.to(device if isinstance(device, str) and device != "auto" else _device(device))

@@ -198,4 +198,15 @@ class Lock(_Strict):
                 f"{folder} is not a composed folder: it has no {LOCK_NAME}. Make one with `coterie build`."
             )
         data = load_json(path, what=str(path), max_bytes=MAX_LOCK_BYTES, error=BuildError)
-        return validate(cls, data, what=str(path), error=BuildError)
+        recipe = data.get("recipe") if isinstance(data, dict) else None
+        return validate(cls.of_recipe(recipe), data, what=str(path), error=BuildError)
+
+    @classmethod
+    def of_recipe(cls, recipe: object) -> type[Self]:
+        """Return the class of a recipe's locks, which differ in what ``router`` may say."""
+        from composer.recipes import RECIPES
+
+        if cls is not Lock or not isinstance(recipe, str) or recipe not in RECIPES:
+            return cls
+        found: type[Self] = RECIPES.load(recipe).lock
+        return found

@@ -211,7 +211,21 @@ class Manifest(_Strict):
         """Check plain data against the manifest's format; see `from_file`."""
         if not isinstance(data, Mapping):
             raise ManifestError(f"{what}: not a mapping; write 'name:', 'base:' and 'experts:'.")
-        return validate(cls, data, what=what)
+        return validate(cls.of_recipe(data.get("recipe")), data, what=what)
+
+    @classmethod
+    def of_recipe(cls, recipe: object) -> type[Self]:
+        """Return the class of a recipe's manifests, which differ in what ``router`` may say.
+
+        Args:
+            recipe: The name as it was written; one that is unknown is the plan's business.
+        """
+        from composer.recipes import RECIPES
+
+        if cls is not Manifest or not isinstance(recipe, str) or recipe not in RECIPES:
+            return cls
+        found: type[Self] = RECIPES.load(recipe).manifest
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data that `from_dict` reads back."""

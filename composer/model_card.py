@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from composer.lock import Lock
+from composer.recipes import RECIPES
 
-__all__ = ["write_model_card"]
+if TYPE_CHECKING:
+    from composer.recipes.base import Recipe
+
+__all__ = ["expert_table", "language_model_card", "optout_promise", "write_model_card"]
 
 _TRAINED = {
     "routers": "routers were",
@@ -24,17 +29,13 @@ def write_model_card(path: Path, lock: Lock, *, description: str = "") -> None:
         lock: What the folder is made of.
         description: The builder's own words.
     """
-    path.write_text(_text(lock, description), encoding="utf-8")
+    recipe: Recipe = RECIPES.load(lock.recipe)()
+    path.write_text(recipe.model_card(lock, description=description), encoding="utf-8")
 
 
-def _text(lock: Lock, description: str) -> str:
+def language_model_card(lock: Lock, description: str) -> str:
+    """Return the card of a composed language model."""
     example = lock.owners[0] if lock.owners else "owner"
-    licenses = sorted({expert.license for expert in lock.experts})
-    rows = "\n".join(
-        f"| {e.name} | {e.version} | {e.owner} | {e.domain} | {e.license} | {e.kind} | {e.parameters:,} "
-        f"| `{e.digest[:12]}` |"
-        for e in lock.experts
-    )
     return f"""---
 library_name: coterie
 base_model: {json.dumps(lock.base.name)}
@@ -48,15 +49,11 @@ tags: [coterie, mixture-of-experts]
 Recipe `{lock.recipe}`, router `{lock.router.scorer}` over `{lock.router.context}`, top-{lock.router.top_k}. Base
 fingerprint `{lock.base.fingerprint}`.
 
-| expert | version | owner | domain | licence | kind | parameters | card |
-|---|---|---|---|---|---|---|---|
-{rows}
-
-Licences of the parts: {", ".join(licenses)}; the base has its own. They hold side by side.
+{expert_table(lock)}
 
 ## Leaving an owner out
 
-Class `{lock.optout_class}`: {_promise(lock)}
+Class `{lock.optout_class}`: {optout_promise(lock)}
 
 ```python
 import composer.hf
@@ -70,7 +67,23 @@ nothing of them can be learned from this model.
 """
 
 
-def _promise(lock: Lock) -> str:
+def expert_table(lock: Lock) -> str:
+    """Return a table of the experts and a sentence on their licences."""
+    licenses = sorted({expert.license for expert in lock.experts})
+    rows = "\n".join(
+        f"| {e.name} | {e.version} | {e.owner} | {e.domain} | {e.license} | {e.kind} | {e.parameters:,} "
+        f"| `{e.digest[:12]}` |"
+        for e in lock.experts
+    )
+    return f"""| expert | version | owner | domain | licence | kind | parameters | card |
+|---|---|---|---|---|---|---|---|
+{rows}
+
+Licences of the parts: {", ".join(licenses)}; the base has its own. They hold side by side."""
+
+
+def optout_promise(lock: Lock) -> str:
+    """Say what leaving an owner out means."""
     if lock.optout_class == "exact":
         return (
             "no file here mixes owners. Leaving one out gives the model that was never composed with them; "

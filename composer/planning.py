@@ -154,7 +154,7 @@ def plan(manifest: Manifest, registry: Source) -> Plan:
         experts=experts,
         left_out=left_out,
         optout_class=recipe.optout(manifest),
-        warnings=tuple(_warnings(manifest, experts)),
+        warnings=tuple(recipe.warnings(router=manifest.router, experts=cards)),
         **_costs(base, description, experts, active, counted),
     )
 
@@ -219,16 +219,6 @@ def _base_problems(base: BaseRecord, cards: Sequence[ExpertCard]) -> list[str]:
 def _duplicates(cards: Sequence[ExpertCard]) -> list[str]:
     names = [card.name for card in cards]
     return [f"{name} is listed more than once" for name in sorted({n for n in names if names.count(n) > 1})]
-
-
-def _warnings(manifest: Manifest, experts: Sequence[PlannedExpert]) -> list[str]:
-    found = []
-    if manifest.router.top_k > len(experts) + 1:
-        found.append(
-            f"router.top_k is {manifest.router.top_k}; with {len(experts)} experts and the anchor every token "
-            f"uses all {len(experts) + 1}."
-        )
-    return found
 
 
 def _costs(

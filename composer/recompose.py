@@ -36,7 +36,7 @@ def recompose(
     kept = [e for e in source.lock.experts if e.owner not in without]
     if all(e.owner in opt_out for e in kept):
         return _base_alone(source, out)
-    manifest = Manifest(
+    manifest = Manifest.of_recipe(source.lock.recipe)(
         name=source.lock.name,
         recipe=source.lock.recipe,
         base=source.lock.base.name,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from composer.lock import Lock
+from composer.recipes import RECIPES
 from experts.errors import OptOutError
 from experts.names import unknown_name
 
@@ -23,16 +24,14 @@ if TYPE_CHECKING:
     import torch
 
     from composer.model import ComposedForCausalLM
+    from composer.probes import Probe
+    from composer.recipes.base import Recipe
 
 __all__ = ["TOLERANCE", "Verification", "never_joined", "verify_optout"]
 
 Door = Literal["build", "load", "request"]
 TOLERANCE = 1e-5
-"""Largest absolute logit difference allowed at the request door, in float32."""
-
-RANDOM_PROMPTS = 4
-PROMPT_LENGTH = 24
-DECODED = 4
+"""Largest absolute difference of an output allowed at the request door, in float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +41,8 @@ class Verification:
     Attributes:
         owner: Who is left out.
         door: ``build``, ``load`` or ``request``.
-        max_abs_diff: Largest absolute logit difference over all prompts, cached and uncached.
-        bit_identical: Whether every logit is equal.
+        max_abs_diff: Largest absolute difference of a logit or of an embedding's coordinate over all prompts.
+        bit_identical: Whether every number is equal.
         passed: ``build`` and ``load`` must be bit-identical, ``request`` within `TOLERANCE`.
         prompts: How many prompts were compared.
     """
@@ -78,26 +77,30 @@ def verify_optout(
         seed: Of the random prompts.
 
     Returns:
-        Three rows per owner, one per door.
+        Three rows per owner, one per door. Where the composition's class is ``recompose``, requests cannot leave
+        anybody out, and there are two.
 
     Raises:
         UnknownNameError: ``owner`` has no expert in the composition.
-        OptOutError: The composition does not promise exact opt-out.
+        OptOutError: The composition's class is ``retrain``.
     """
     folder = Path(folder)
     lock = Lock.read(folder)
     if owner is not None and owner not in lock.owners:
         raise unknown_name("owner", owner, lock.owners)
-    if lock.untuned.optout_class != "exact":
+    promised = lock.untuned.optout_class
+    if promised == "retrain":
         raise OptOutError(
             f"{folder} is of opt-out class '{lock.optout_class}': no door promises the never-joined model."
         )
-    batch = _Prompts(folder, prompts, seed=seed)
+    doors: tuple[Door, ...] = ("build", "load", "request") if promised == "exact" else ("build", "load")
+    recipe: Recipe = RECIPES.load(lock.recipe)()
+    probe = recipe.probe(folder, prompts, seed=seed)
     rows: list[Verification] = []
     whole = _load(folder)
     for one in [owner] if owner is not None else lock.owners:
         with never_joined(folder, {one}) as without:
-            rows += _verify_owner(folder, without, one, whole, batch, progress or (lambda _: None))
+            rows += _verify_owner(folder, without, one, whole, probe, doors, progress or (lambda _: None))
     return rows
 
 
@@ -130,53 +133,27 @@ def _load(folder: Path, **kwargs: Any) -> ComposedForCausalLM:
     return load(folder, dtype=torch.float32, **kwargs)
 
 
-class _Prompts:
-    """Token sequences to compare on: ``(n, length)`` each, without padding."""
-
-    def __init__(self, folder: Path, prompts: Sequence[str], *, seed: int) -> None:
-        self.folder = folder
-        self.texts = prompts
-        self.seed = seed
-
-    def __call__(self, vocab_size: int) -> list[torch.Tensor]:
-        import torch
-
-        generator = torch.Generator().manual_seed(self.seed)
-        shape = (RANDOM_PROMPTS, PROMPT_LENGTH)
-        batches = [torch.randint(0, vocab_size, shape, generator=generator)]
-        if self.texts:
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-            for text in self.texts:
-                ids = tokenizer(text, return_tensors="pt").input_ids[:, :256]
-                if ids.shape[1] > DECODED:
-                    batches.append(ids)
-        return batches
-
-
 def _verify_owner(
     folder: Path,
     without: Path,
     owner: str,
     whole: ComposedForCausalLM,
-    prompts: _Prompts,
+    probe: Probe,
+    doors: tuple[Door, ...],
     progress: Callable[[str], None],
 ) -> list[Verification]:
     never = _load(without)
-    batches = prompts(whole.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
-    expected = [_logits(never, ids) for ids in batches]
+    batches = probe.batches(whole)
+    expected = [probe.outputs(never, batch) for batch in batches]
     rows = []
     for door in ("build", "load"):
         progress(f"{owner}: {door}")
         model = _build_without(folder, owner) if door == "build" else _load(folder, opt_out={owner})
-        rows.append(_compare(owner, door, [_logits(model, ids) for ids in batches], expected))
+        rows.append(_compare(owner, door, [probe.outputs(model, batch) for batch in batches], expected))
+    if "request" not in doors:
+        return rows
     progress(f"{owner}: request")
-    # beside rows that leave nobody out; those would need other weights where these were tuned
-    other: set[str] = set() if whole.untuned is None else {owner}
-    asked = [_first_half(whole, ids, [{owner}] * len(ids) + [other] * len(ids)) for ids in batches]
-    # in the same batch: the last bits of a float32 product depend on its number of rows, experts or not
-    beside = [_first_half(never, ids, None) for ids in batches]
+    asked, beside = zip(*(probe.requests(whole, never, batch, owner) for batch in batches), strict=True)
     rows.append(_compare(owner, "request", asked, beside))
     return rows
 
@@ -189,38 +166,8 @@ def _build_without(folder: Path, owner: str) -> ComposedForCausalLM:
         return _load(recompose(folder, scratch / "composed", opt_out={owner}))
 
 
-def _logits(model: ComposedForCausalLM, ids: torch.Tensor, **kwargs: Any) -> list[torch.Tensor]:
-    """Return the logits of one pass and of a pass whose last tokens go through the cache."""
-    import torch
-
-    with torch.inference_mode():
-        full = model(ids, use_cache=False, **kwargs).logits
-        split = ids.shape[1] - DECODED
-        out = model(ids[:, :split], use_cache=True, **kwargs)
-        steps = [out.logits[:, -1:]]
-        for position in range(split, ids.shape[1]):
-            out = model(
-                ids[:, position : position + 1],
-                past_key_values=out.past_key_values,
-                use_cache=True,
-                **kwargs,
-            )
-            steps.append(out.logits)
-    return [full, torch.cat(steps, dim=1)]
-
-
-def _first_half(
-    model: ComposedForCausalLM, ids: torch.Tensor, opt_out: list[set[str]] | None
-) -> list[torch.Tensor]:
-    """Run the prompts beside copies of themselves, and return the logits of the first half of the batch."""
-    import torch
-
-    doubled = torch.cat([ids, ids])
-    return [logits[: len(ids)] for logits in _logits(model, doubled, opt_out=opt_out)]
-
-
 def _compare(
-    owner: str, door: Door, got: list[list[torch.Tensor]], expected: list[list[torch.Tensor]]
+    owner: str, door: Door, got: Sequence[list[torch.Tensor]], expected: Sequence[list[torch.Tensor]]
 ) -> Verification:
     import torch
 

@@ -12,6 +12,7 @@ RECIPES = PluginTable(
         "bam": "composer.recipes.bam:BAM",
         "btx": "composer.recipes.btx:BTX",
         "flexolmo": "composer.recipes.flexolmo:FlexOlmo",
+        "router_retriever": "composer.recipes.router_retriever:RouterRetriever",
         "sparse_upcycle": "composer.recipes.sparse_upcycle:SparseUpcycle",
     },
 )

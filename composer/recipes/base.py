@@ -5,9 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from composer.lock import OptOutClass
+from composer.lock import Lock, OptOutClass
 from composer.manifest import Manifest, RouterSpec
 from experts.base import BaseDescription
 from experts.card import ExpertCard
@@ -16,6 +17,8 @@ from experts.routing_artifacts import RoutingInfo
 if TYPE_CHECKING:
     from composer.members import Members
     from composer.model import ComposedForCausalLM
+    from composer.planning import Plan
+    from composer.probes import Probe
 
 __all__ = ["Candidate", "Recipe", "unsupported_kinds"]
 
@@ -40,11 +43,17 @@ class Recipe(ABC):
         summary: One line for tables.
         kinds: Expert kinds it composes.
         optout_class: What opting out can mean for models it makes.
+        manifest: The class of its manifests.
+        lock: The class of its locks.
+        top_files: Files of the base that also stand at the top of a folder, beside the tokenizer's.
     """
 
     summary: ClassVar[str]
     kinds: ClassVar[tuple[str, ...]]
     optout_class: ClassVar[OptOutClass]
+    manifest: ClassVar[type[Manifest]] = Manifest
+    lock: ClassVar[type[Lock]] = Lock
+    top_files: ClassVar[tuple[str, ...]] = ()
 
     def expand(self, manifest: Manifest) -> Manifest:
         """Write this recipe's own defaults out where the builder said nothing."""
@@ -59,6 +68,39 @@ class Recipe(ABC):
     def optout(self, manifest: Manifest) -> OptOutClass:
         """Return what opting out can mean for the model of this manifest."""
         return self.optout_class
+
+    def warnings(self, *, router: RouterSpec, experts: Sequence[ExpertCard]) -> list[str]:
+        """Say what the builder should know about a composition that is possible."""
+        if router.top_k <= len(experts) + 1:
+            return []
+        return [
+            f"router.top_k is {router.top_k}; with {len(experts)} experts and the anchor every token "
+            f"uses all {len(experts) + 1}."
+        ]
+
+    def write_files(self, folder: Path, plan: Plan, lock: Lock) -> None:
+        """Write what a library needs to open the folder; files of base and experts are there, others are not."""
+        from composer.building import write_config
+
+        write_config(folder, plan, lock)
+
+    def model_card(self, lock: Lock, *, description: str) -> str:
+        """Return the text of ``README.md``."""
+        from composer.model_card import language_model_card
+
+        return language_model_card(lock, description)
+
+    def load(self, members: Members, lock: Lock, **options: Any) -> Any:
+        """Load the model; see `composer.loading.load` for the options."""
+        from composer.loading import load_language_model
+
+        return load_language_model(members, lock, **options)
+
+    def probe(self, folder: Path, prompts: Sequence[str], *, seed: int) -> Probe:
+        """Return what models of this recipe are compared by."""
+        from composer.probes import LogitProbe
+
+        return LogitProbe(folder, prompts, seed=seed)
 
     def parameters(
         self, *, manifest: Manifest, base: BaseDescription, experts: Sequence[ExpertCard]

@@ -1,0 +1,45 @@
+"""What a retrieval router knows of the experts: sums that their owners published, as float64 arrays.
+
+Nothing here mixes owners, so a router is a function of a set of these and of nothing else. Knows arrays; knows no
+file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Array", "ExpertFacts"]
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertFacts:
+    """What the owner of one expert published about queries of its domain.
+
+    Attributes:
+        name: ``owner/expert``.
+        count: Number of queries.
+        sum: Of their features, ``(d,)``.
+        scatter: Sum of outer products, ``(d, d)``; None: not published.
+        pilots: Expert name -> mean feature of the owner's queries that this expert serves best, ``(d,)``.
+        gram: Sum of outer products of the queries behind ``utility``, ``(d, d)``.
+        utility: Expert name, ``base`` among them -> sum of features times the quality it reached, ``(d,)``.
+    """
+
+    name: str
+    count: float
+    sum: Array
+    scatter: Array | None = None
+    pilots: Mapping[str, Array] = field(default_factory=dict)
+    gram: Array | None = None
+    utility: Mapping[str, Array] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> Array:
+        """Mean feature, ``(d,)``."""
+        return self.sum / self.count
