@@ -87,6 +87,22 @@ class BaseDescription:
         return cls._from_parts(config=config, tensors=tensors, fingerprint=fingerprint, embedding=embedding)
 
     @classmethod
+    def from_headers(cls, path: Path) -> Self:
+        """Describe a checkpoint without reading its tensors; the fingerprint is then empty.
+
+        Raises:
+            AdmissionError: As `from_folder`.
+        """
+        config = load_json(
+            path / "config.json", what="config.json", max_bytes=MAX_CONFIG_BYTES, error=AdmissionError
+        )
+        if not isinstance(config, dict):
+            raise AdmissionError("config.json is not a JSON object.")
+        listed = {name: spec for held in checkpoint_files(path).values() for name, spec in held.items()}
+        tensors = {n: TensorSpec(dtype=listed[n].dtype, shape=listed[n].shape) for n in sorted(listed)}
+        return cls._from_parts(config=config, tensors=tensors, fingerprint="", embedding=None)
+
+    @classmethod
     def _from_parts(
         cls,
         *,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from composer.export.tensors import Entry, Slice
+from composer.export.tensors import Entry, Part, Slice
 from experts.errors import BuildError
 from experts.files import capped
 from experts.fingerprint import MAX_BASE_TENSORS
@@ -91,10 +91,9 @@ def write_file(path: Path, entries: Sequence[Entry], *, progress: Progress | Non
     with path.open("xb", buffering=0) as out, _OpenFiles() as files:
         out.write(header)
         for entry in entries:
-            if isinstance(entry.source, Slice):
-                _copy(files.open(entry.source.path), out, start=entry.source.start, count=entry.spec.nbytes)
-            else:
-                _write(out, entry)
+            parts = entry.source if isinstance(entry.source, tuple) else (entry.source,)
+            written = sum(_write(part, out, files) for part in parts)
+            assert written == entry.spec.nbytes, entry.name
             if progress is not None:
                 progress(entry.name, entry.spec.nbytes)
     _check(path, entries, header)
@@ -116,12 +115,15 @@ def _header(entries: Sequence[Entry]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write(out: BinaryIO, entry: Entry) -> None:
-    assert not isinstance(entry.source, Slice)
-    data = memoryview(entry.source())
-    assert len(data) == entry.spec.nbytes, entry.name
+def _write(part: Part, out: BinaryIO, files: _OpenFiles) -> int:
+    if isinstance(part, Slice):
+        _copy(files.open(part.path), out, start=part.start, count=part.spec.nbytes)
+        return part.spec.nbytes
+    data = memoryview(part())
+    size = len(data)
     while data:
         data = data[out.write(data) :]
+    return size
 
 
 def _copy(source: BinaryIO, out: BinaryIO, *, start: int, count: int) -> None:

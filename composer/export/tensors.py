@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FLOATS",
     "Entry",
+    "Part",
     "Slice",
     "Source",
     "convert",
@@ -84,8 +85,11 @@ class Slice:
         return data
 
 
-Source = Slice | Callable[[], "bytes | bytearray | memoryview"]
+Part = Slice | Callable[[], "bytes | bytearray | memoryview"]
 """Bytes in a file, copied without being looked at, or a function that computes them."""
+
+Source = Part | tuple[Part, ...]
+"""Where a tensor's bytes come from: one part, or several one after the other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

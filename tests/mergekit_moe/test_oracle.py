@@ -1,0 +1,115 @@
+"""Where mergekit is right, every tensor equals its output, under the same name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CASES: dict[str, dict[str, Any]] = {
+    "mixtral hidden": {},
+    "mixtral hidden_last": {"gate_mode": "hidden_last"},
+    "mixtral hidden_avg": {"gate_mode": "hidden_avg", "experts": 3, "experts_per_token": 3},
+    "mixtral cheap_embed": {"gate_mode": "cheap_embed", "dtype": "bfloat16"},
+    "mixtral random": {"gate_mode": "random", "dtype": "float16", "prompts": False},
+    "mixtral uniform_random": {"gate_mode": "uniform_random"},
+    "mixtral of tied models": {"model": {"tie_word_embeddings": True}},
+    "mixtral of bfloat16": {"model": {"dtype": "bfloat16"}, "dtype": "float32"},
+    "mixtral of mistral": {"family": "mistral", "architecture": "MIXTRAL"},
+    "deepseek": {"architecture": "deepseek", "gate_mode": "cheap_embed"},
+    "qwen3": {"family": "qwen3", "model": {"head_dim": 16}},
+}
+
+
+def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    import torch
+
+    assert theirs
+    assert set(ours) == set(theirs)
+    differing = [
+        name
+        for name, tensor in theirs.items()
+        if tensor.dtype != ours[name].dtype or not torch.equal(tensor, ours[name])
+    ]
+    assert differing == []
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tensors_are_mergekits(case: str, config_of: Any, oracle: Any, built: Any) -> None:
+    wanted = dict(CASES[case])
+    config = config_of(wanted.pop("family", "llama"), **wanted)
+    assert_same(built(config, seed=5), oracle(config, seed=5))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_shared_expert_behind_a_gate(
+    family: str, config_of: Any, make_model: Any, oracle: Any, built: Any
+) -> None:
+    config = config_of(family, experts=2, architecture="qwen moe")
+    # mergekit opens no model for the shared expert alone
+    config["shared_experts"] = [
+        {"source_model": config["base_model"], "positive_prompts": ["any"], "residual_scale": 0.5}
+    ]
+    assert_same(built(config), oracle(config))
+
+
+def test_shared_expert_of_deepseek(config_of: Any, oracle: Any, built: Any) -> None:
+    config = config_of(architecture="deepseek moe")
+    config["shared_experts"] = [{"source_model": config["base_model"]}]
+    assert_same(built(config), oracle(config))
+
+
+def test_noise_has_the_scale_that_is_asked_for(config_of: Any, oracle: Any, built: Any) -> None:
+    import torch
+
+    config = config_of(gate_mode="random", experts_per_token=1)
+    plain = built(config, "plain")
+    config["experts"][1] |= {"noise_scale": 0.25, "residual_scale": 2.0}
+    ours, theirs = built(config), oracle(config)
+    assert set(ours) == set(theirs)
+    for name in ("gate_up_proj", "down_proj"):
+        key = f"model.layers.1.mlp.experts.{name}"
+        assert torch.equal(ours[key][0], theirs[key][0])
+        factor = 2.0 if name == "down_proj" else 1.0
+        noise = ours[key][1] / factor - plain[key][1]
+        assert noise.std().item() == pytest.approx(0.25, rel=0.1)
+        assert abs(noise.mean().item()) < 0.02
+    again = built(config, "again")
+    other = built(config, "other", seed=1)
+    key = "model.layers.1.mlp.experts.down_proj"
+    assert torch.equal(ours[key], again[key])
+    assert not torch.equal(ours[key][1], other[key][1])
+
+
+def test_noise_of_two_copies_differs(config_of: Any, built: Any) -> None:
+    import torch
+
+    config = config_of(gate_mode="random", experts_per_token=1)
+    config["experts"][1] = dict(config["experts"][0])
+    for entry in config["experts"]:
+        entry["noise_scale"] = 0.1
+    found = built(config)["model.layers.0.mlp.experts.down_proj"]
+    assert not torch.equal(found[0], found[1])
+
+
+def test_shards(config_of: Any, make_model: Any, tmp_path: Path, oracle: Any) -> None:
+    """Sharded sources, sharded output."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    from composer.mergekit_moe.manifest import parse
+    from composer.mergekit_moe.planning import plan_moe
+    from composer.mergekit_moe.writing import build_moe
+
+    config = config_of(gate_mode="cheap_embed")
+    source = Path(config["experts"][0]["source_model"])
+    AutoModelForCausalLM.from_pretrained(source).save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    theirs = oracle(config)
+    config["experts"][0]["source_model"] = str(tmp_path / "shards")
+    build_moe(plan_moe(parse(config)), tmp_path / "out", shard_bytes=50_000)
+    found: dict[str, Any] = {}
+    for path in (tmp_path / "out").glob("model-*.safetensors"):
+        found |= load_file(path)
+    assert (tmp_path / "out" / "model.safetensors.index.json").exists()
+    assert_same(found, theirs)
