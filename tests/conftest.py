@@ -54,6 +54,11 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {},
 }
 """Gated, gated with QK norm, post-norm, sliding window, biases without a gate, fused gate and up."""
+_MORE_FAMILIES: dict[str, dict[str, Any]] = {
+    "cohere": {"num_key_value_heads": 2},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 8},
+}
+"""For recipes that copy attention: parallel blocks, and windows in every layer."""
 
 OWNERS: dict[str, tuple[int, int, tuple[int, ...]]] = {
     "acme": (1, 2, (1, 2, 3)),
@@ -66,6 +71,7 @@ BLOCKS: dict[str, tuple[str, ...]] = {
     "low_rank": ("acme/low", "bob/low", "zoe/low"),
     "stacked": ("acme/full", "bob/full", "zoe/full"),
     "mixed": ("acme/low", "bob/full", "zoe/low"),
+    "dense": ("acme/dense", "bob/dense", "zoe/dense"),
 }
 """Block kind -> experts that make a layer of it."""
 
@@ -106,7 +112,7 @@ class Pico:
 
         torch.set_num_threads(1)
         torch.manual_seed(seed)
-        config = AutoConfig.for_model(family, **_SIZES, **_FAMILIES[family])
+        config = AutoConfig.for_model(family, **_SIZES, **{**_FAMILIES, **_MORE_FAMILIES}[family])
         model = AutoModelForCausalLM.from_config(config)
         for name, parameter in model.named_parameters():  # biases and norms must not be trivial
             if parameter.dim() == 1:
@@ -513,7 +519,47 @@ class Pico:
         )
         return package
 
+    def write_dense(self, folder: Path, *, family: str = "llama", seed: int) -> Path:
+        """Write a whole model: the base with noise on every tensor, or its copy where ``seed`` is 0."""
+        import torch
+
+        model = self.network(family)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for parameter in model.parameters() if seed else ():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            model.save_pretrained(folder)
+        return folder
+
     # Registries
+
+    def dense_library(self, family: str = "llama") -> Registry:
+        """A registry with the family's base and a whole model per owner, statistics taken where layer 0 begins."""
+        return self.once(lambda: self._fill_dense(family), "dense library", family)
+
+    def fresh_dense_library(self, family: str = "llama") -> Registry:
+        """A copy of the family's registry of whole models that a test may change."""
+        from registry import Registry
+
+        return Registry(shutil.copytree(self.dense_library(family).path, self.scratch("registry")))
+
+    def _fill_dense(self, family: str) -> Registry:
+        from registry import Registry
+
+        empty = self.once(self._empty_registry, "empty")
+        registry = Registry(shutil.copytree(empty, self.scratch("registry")))
+        registry.add_base(self.base(family), name=family)
+        public = self.artifacts(family=family, seed=0, layers=range(LAYERS), gate_layer=0)
+        folder = self.scratch("public")
+        folder.mkdir()
+        public.save(folder)
+        registry.set_base_routing(family, folder, public.info)
+        for owner, (seed, _, _) in OWNERS.items():
+            artifacts = self.artifacts(family=family, seed=seed, layers=range(LAYERS), gate_layer=0)
+            raw = self.write_dense(self.scratch("raw"), family=family, seed=seed)
+            registry.register(self.pack(raw, name=f"{owner}/dense", family=family, artifacts=artifacts))
+        return registry
 
     def library(self, family: str = "llama") -> Registry:
         """A registry with the family's base, its public artefacts, and per owner a ``low`` and a ``full`` expert."""
@@ -569,6 +615,7 @@ class Pico:
         opt_out: Sequence[str] = (),
         dtype: str | None = None,
         recipe: str = "flexolmo",
+        upcycle: dict[str, Any] | None = None,
         name: str = "pico",
         description: str = "",
         **router: Any,
@@ -586,6 +633,7 @@ class Pico:
                 "dtype": dtype,
                 "description": description,
                 "router": router,
+                **({} if upcycle is None else {"upcycle": upcycle}),
             }
         )
 
@@ -594,7 +642,8 @@ class Pico:
         from composer.building import build
         from composer.planning import plan
 
-        source = self.library(manifest.base) if registry is None else registry
+        library = self.library if manifest.recipe == "flexolmo" else self.dense_library
+        source = library(manifest.base) if registry is None else registry
         return build(plan(manifest, source), self.scratch("out"), registry=source)
 
     def composed(self, block: str = "low_rank", **settings: Any) -> Path:

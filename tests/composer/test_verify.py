@@ -129,9 +129,9 @@ def test_mistakes(pico: Any) -> None:
     folder = Path(shutil.copytree(pico.composed(), pico.scratch("mixed")))
     lock = json.loads((folder / "composition.json").read_text())
     (folder / "composition.json").unlink()
-    (folder / "composition.json").write_text(json.dumps({**lock, "optout_class": "recompose"}))
+    (folder / "composition.json").write_text(json.dumps({**lock, "optout_class": "retrain"}))
     with pytest.raises(OptOutError) as refused:
         verify_optout(folder)
     assert str(refused.value) == (
-        f"{folder} is of opt-out class 'recompose': no door promises the never-joined model."
+        f"{folder} is of opt-out class 'retrain': no door promises the never-joined model."
     )

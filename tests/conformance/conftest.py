@@ -50,6 +50,10 @@ def _poison_learned(scorer: Any, expert: int) -> None:
     scorer.bias.data[scorer.position[expert]] = NAN
 
 
+def _poison_random(scorer: Any, expert: int) -> None:
+    scorer.rows.data[scorer.position[expert]] = NAN
+
+
 def _poison_low_rank(block: Any, local: int) -> None:
     for parameter in block.experts[local - 1].parameters():
         parameter.data.fill_(NAN)
@@ -58,6 +62,15 @@ def _poison_low_rank(block: Any, local: int) -> None:
 def _poison_stacked(block: Any, local: int) -> None:
     for parameter in block.parameters():
         parameter.data[local] = NAN
+
+
+def _poison_attention(layer: Any, expert: int) -> None:
+    from composer.layers.moa import RowWise
+
+    for module in layer.experts[expert].modules():  # what is shared is the trunk's
+        if isinstance(module, RowWise):
+            for parameter in module.parameters():
+                parameter.data.fill_(NAN)
 
 
 def _poison_mixed(block: Any, local: int) -> None:
@@ -72,6 +85,7 @@ def _poison_mixed(block: Any, local: int) -> None:
 SCORERS = {
     "lda": Row(poison=_poison_statistics),
     "learned": Row(poison=_poison_learned),
+    "random": Row(poison=_poison_random),
     "ridge": Row(poison=_poison_statistics),
 }
 SELECTORS = {"topk": Row(), "topp": Row(router={"top_k": 3}, same_shapes=False)}
@@ -84,6 +98,10 @@ BLOCKS = {
 }
 RECIPES = {"flexolmo": Row()}
 """Recipes that take experts of the pico registries; each is combined with every other row."""
+UPCYCLING = {"btx": Row(), "bam": Row()}
+"""Recipes that take whole models; with a frozen trunk, so that leaving out is exact."""
+ELSEWHERE = {"sparse_upcycle": "one owner's model is all of it, so nobody is left when that owner leaves"}
+"""Recipes that the properties here do not apply to, and why; they have tests of their own."""
 
 OTHER_FAMILIES = ("qwen3", "olmo2", "gemma3_text", "gpt_neox", "phi3")
 
@@ -103,15 +121,25 @@ class Case:
     scorer: str
     absent: tuple[str, ...]
     router: Mapping[str, Any]
+    upcycle: Mapping[str, Any] | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
         """Arguments of the pico fixtures."""
-        return {"block": self.block, "family": self.family, "recipe": self.recipe, **self.router}
+        upcycle = {} if self.upcycle is None else {"upcycle": dict(self.upcycle)}
+        return {
+            "block": self.block,
+            "family": self.family,
+            "recipe": self.recipe,
+            **upcycle,
+            **self.router,
+        }
 
     def __str__(self) -> str:
         names = [self.recipe, self.family, self.block, *(str(v) for v in self.router.values())]
-        return "-".join(names)
+        return "-".join(
+            [*names, *(["own" if "own" in str(self.upcycle) else "shared"] if self.upcycle else [])]
+        )
 
 
 def _router(scorer: str, selector: str, context: str, **more: Any) -> dict[str, Any]:
@@ -178,14 +206,43 @@ def _cases() -> list[Case]:
     return cases
 
 
-CASES = _cases()
+def _upcycled() -> list[Case]:
+    """FFN experts, attention experts of either kind, a router per layer and a router for the whole model."""
+    frozen = {"trunk": "frozen"}
+    own = {**frozen, "attention": {"kv": "own"}}
+    random = {"scorer": "random", "context": "token", "top_k": 2, "normalize": True, "selector": "topk"}
+    solved = {"scorer": "lda", "context": "running_mean", "top_k": 3, "normalize": True, "selector": "topp"}
+    rows = [
+        ("btx", "llama", "acme", random, frozen),
+        ("bam", "llama", "bob", random, own),
+        ("bam", "qwen3", "zoe", solved, frozen),
+    ]
+    return [
+        Case(
+            recipe=recipe,
+            family=family,
+            block="dense",
+            scorer=router["scorer"],
+            absent=(absent,),
+            router=router,
+            upcycle=upcycle,
+        )
+        for recipe, family, absent, router, upcycle in rows
+    ]
+
+
+CASES = [*_cases(), *_upcycled()]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Give every test that asks for a ``case`` all of them; with ``absent``, each owner in turn."""
     names = metafunc.fixturenames
     if "same_shapes" in names:
-        rows = [(case, BLOCKS[case.block], SELECTORS[case.router["selector"]]) for case in CASES]
+        rows = [
+            (case, BLOCKS[case.block], SELECTORS[case.router["selector"]])
+            for case in CASES
+            if case.upcycle is None
+        ]
         cases = [c for c, *rest in rows if c.family == "llama" and all(row.same_shapes for row in rest)]
         metafunc.parametrize("same_shapes", cases, ids=str)
     if "case" not in names:
@@ -205,7 +262,8 @@ def table() -> dict[str, Any]:
         "selectors": SELECTORS,
         "contexts": CONTEXTS,
         "blocks": BLOCKS,
-        "recipes": RECIPES,
+        "recipes": {**RECIPES, **UPCYCLING},
+        "elsewhere": ELSEWHERE,
         "cases": CASES,
     }
 
@@ -229,6 +287,7 @@ def poison(pico: Any, case: Case) -> Callable[[str], ComposedForCausalLM]:
     """Load the case's model anew and fill all that an owner put into it with NaN."""
 
     def load(owner: str) -> ComposedForCausalLM:
+        from composer.layers.moa import MoALayer
         from composer.layers.moe import MoELayer
         from composer.loading import load
         from composer.routing.router import Router
@@ -240,7 +299,10 @@ def poison(pico: Any, case: Case) -> Callable[[str], ComposedForCausalLM]:
         assert layers
         assert routers
         for layer in layers:
-            BLOCKS[case.block].poison(layer.experts, 1 + layer.present.index(expert))
+            row = BLOCKS["stacked" if case.block == "dense" else case.block]
+            row.poison(layer.experts, 1 + layer.present.index(expert))
+        for attention in (m for m in model.modules() if isinstance(m, MoALayer)):
+            _poison_attention(attention, expert)
         for router in routers:
             if router.present is None or expert in router.present:
                 SCORERS[case.scorer].poison(router.scorer, expert)

@@ -14,6 +14,7 @@ from composer.loading import load
 from composer.lock import Lock
 from composer.members import Members
 from composer.trace import RoutingTrace
+from experts.errors import ExpertWarning
 
 TOLERANCE = 1e-5
 
@@ -120,10 +121,16 @@ def test_u12_experts_that_change_nothing_give_the_base(
 ) -> None:
     """Adapters with B = 0 and copies of the base's FFN, under any router whose weights sum to 1."""
     router = {**case.router, "normalize": True}
-    names = {"low_rank": ("acme/zero", "bob/zero"), "stacked": ("acme/copy", "bob/copy")}
+    names = {
+        "low_rank": ("acme/zero", "bob/zero"),
+        "stacked": ("acme/copy", "bob/copy"),
+        "dense": ("acme/whole", "bob/whole"),
+    }
     experts = names.get(case.block, ("acme/zero", "bob/copy"))
-    manifest = pico.manifest(family=case.family, recipe=case.recipe, experts=experts, **router)
-    model = load(pico.compose(manifest, registry=neutral(case.family)))
+    manifest = pico.manifest(
+        family=case.family, recipe=case.recipe, experts=experts, upcycle=case.upcycle, **router
+    )
+    model = load(pico.compose(manifest, registry=neutral(case.family, case.block)))
     with torch.inference_mode():
         torch.testing.assert_close(
             model(ids).logits, pico.dense(case.family)(ids).logits, rtol=0, atol=TOLERANCE
@@ -131,8 +138,8 @@ def test_u12_experts_that_change_nothing_give_the_base(
 
 
 @pytest.fixture(scope="module")
-def neutral(pico: Any) -> Callable[[str], Any]:
-    """A family's registry with experts that change nothing."""
+def neutral(pico: Any) -> Callable[[str, str], Any]:
+    """A family's registry with experts that change nothing, of the kind that a block is made of."""
 
     def fill(family: str) -> Any:
         registry = pico.fresh_library(family)
@@ -154,7 +161,21 @@ def neutral(pico: Any) -> Callable[[str], Any]:
                 registry.register(package)
         return registry
 
-    return lambda family: pico.once(lambda: fill(family), "neutral", family)
+    def fill_dense(family: str) -> Any:
+        registry = pico.fresh_dense_library(family)
+        for owner, seed in (("acme", 1), ("bob", 2)):
+            artifacts = pico.artifacts(family=family, seed=seed, layers=range(4), gate_layer=0)
+            raw = pico.write_dense(pico.scratch("raw"), family=family, seed=0)
+            with pytest.warns(ExpertWarning, match="byte for byte the base's"):
+                package = pico.pack(raw, name=f"{owner}/whole", family=family, artifacts=artifacts)
+            registry.register(package)
+        return registry
+
+    def registry_for(family: str, block: str) -> Any:
+        make = fill_dense if block == "dense" else fill
+        return pico.once(lambda: make(family), "neutral", family, block == "dense")
+
+    return registry_for
 
 
 def _rows(tensor: Any) -> Iterator[bytes]:
