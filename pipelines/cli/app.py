@@ -30,6 +30,7 @@ from pipelines.cli import (
     generate,
     measure,
     memorization,
+    retrieval,
     train,
     tune,
 )
@@ -59,6 +60,8 @@ ORDER = (
     "memorization",
     "opt-out",
     "verify-optout",
+    "index",
+    "search",
     "export",
     "import",
     "audit",
@@ -155,6 +158,8 @@ app.command("attribute", epilog=attribute.EXAMPLES)(attribute.attribute_request)
 app.command("memorization", epilog=memorization.EXAMPLES)(memorization.memorization)
 app.add_typer(consent.group, name="opt-out")
 app.command("verify-optout", epilog=compose.VERIFY_EXAMPLES)(compose.verify_optout_folder)
+app.add_typer(retrieval.group, name="index")
+app.command("search", epilog=retrieval.SEARCH_EXAMPLES)(retrieval.search)
 app.command("export", epilog=export.EXPORT_EXAMPLES)(export.export_folder)
 app.command("import", epilog=export.IMPORT_EXAMPLES)(export.import_folder)
 app.add_typer(audit.group, name="audit")

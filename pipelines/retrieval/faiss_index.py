@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,16 @@ import numpy as np
 
 from experts.errors import CoterieError, DataError
 from experts.files import fsync_folder, write_atomic
-from pipelines.retrieval.index import FILE, IndexInfo, Mask, alone, check_added, check_unchanged, sweep
+from pipelines.retrieval.index import (
+    FILE,
+    IndexInfo,
+    Mask,
+    alone,
+    check_added,
+    check_unchanged,
+    checked_rows,
+    sweep,
+)
 from pipelines.retrieval.search import Hit, Vectors, check_queries
 from pipelines.retrieval.segment import SegmentInfo
 
@@ -64,11 +73,22 @@ class FaissIndex:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def add(self, ids: Sequence[str], vectors: Vectors, owners: Sequence[str | None] | None = None) -> None:
+    def add(
+        self,
+        ids: Sequence[str],
+        vectors: Vectors | Iterable[Vectors],
+        owners: Sequence[str | None] | None = None,
+    ) -> None:
         """Add documents; see `DocumentIndex.add`."""
         owners = [None] * len(ids) if owners is None else owners
-        check_added(self.info, set(self.ids), ids, vectors, owners)
-        self._index.add(np.ascontiguousarray(vectors, dtype=np.float32))
+        check_added(set(self.ids), ids, owners)
+        try:
+            for rows in checked_rows(vectors, documents=len(ids), dimension=self.info.dimension):
+                self._index.add(rows)
+        except BaseException:
+            rest = np.arange(len(self.ids), self._index.ntotal, dtype=np.int64)
+            self._index.remove_ids(_faiss().IDSelectorBatch(rest))
+            raise
         self.ids += ids
         self.owners += owners
 

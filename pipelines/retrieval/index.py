@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, Protocol
@@ -32,6 +32,7 @@ __all__ = [
     "alone",
     "check_added",
     "check_unchanged",
+    "checked_rows",
     "create_index",
     "open_index",
     "owner_mask",
@@ -73,7 +74,12 @@ class Index(Protocol):
     def owners(self) -> Sequence[str | None]:
         """Whose each is; None: nobody's."""
 
-    def add(self, ids: Sequence[str], vectors: Vectors, owners: Sequence[str | None] | None = None) -> None:
+    def add(
+        self,
+        ids: Sequence[str],
+        vectors: Vectors | Iterable[Vectors],
+        owners: Sequence[str | None] | None = None,
+    ) -> None:
         """Add documents that are not there yet."""
 
     def remove(self, ids: Collection[str]) -> None:
@@ -153,25 +159,14 @@ def _backend(name: str) -> Callable[[Path, IndexInfo], Index]:
     return DocumentIndex
 
 
-def check_added(
-    info: IndexInfo,
-    known: Collection[str],
-    ids: Sequence[str],
-    vectors: Vectors,
-    owners: Sequence[str | None],
-) -> None:
-    """Refuse vectors that do not fit.
+def check_added(known: Collection[str], ids: Sequence[str], owners: Sequence[str | None]) -> None:
+    """Refuse documents that cannot be added.
 
     Raises:
-        DataError: Shapes differ, a number is not finite, or an id is there already.
+        DataError: An id is there already, or not every document has an owner or None.
     """
-    if vectors.shape != (len(ids), info.dimension) or len(owners) != len(ids):
-        raise DataError(
-            f"{len(ids)} ids, {len(owners)} owners and vectors of shape {vectors.shape} were given; "
-            f"{len(ids)} vectors of {info.dimension} numbers are needed."
-        )
-    if not np.isfinite(vectors).all():
-        raise DataError("A vector holds numbers that are not finite. Check the encoder.")
+    if len(owners) != len(ids):
+        raise DataError(f"{len(ids)} ids and {len(owners)} owners were given; each document has one of each.")
     double = next((key for key in ids if key in known), None)
     if double is not None:
         raise DataError(f"The document '{double}' is in the index already. Remove it first; ids are unique.")
@@ -179,6 +174,28 @@ def check_added(
         raise DataError(
             f"{len(ids)} ids were given, and {len(ids) - len(set(ids))} of them twice. Ids are unique."
         )
+
+
+def checked_rows(
+    vectors: Vectors | Iterable[Vectors], *, documents: int, dimension: int
+) -> Iterator[Vectors]:
+    """Yield float32 matrices, checked; in the end they have ``documents`` rows.
+
+    Raises:
+        DataError: A shape does not fit, or a number is not finite.
+    """
+    rows = 0
+    for part in [vectors] if isinstance(vectors, np.ndarray) else vectors:
+        rows += len(part)
+        if part.ndim != 2 or part.shape[1] != dimension or rows > documents:
+            raise DataError(
+                f"Vectors of shape {part.shape} were given; {documents} vectors of {dimension} numbers are needed."
+            )
+        if not np.isfinite(part).all():
+            raise DataError("A vector holds numbers that are not finite. Check the encoder.")
+        yield np.ascontiguousarray(part, dtype="<f4")
+    if rows != documents:
+        raise DataError(f"{rows} vectors were given for {documents} documents.")
 
 
 def owner_mask(owners: Sequence[str | None], opt_out: Collection[str]) -> Mask | None:
@@ -218,25 +235,29 @@ class DocumentIndex:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def add(self, ids: Sequence[str], vectors: Vectors, owners: Sequence[str | None] | None = None) -> None:
-        """Add documents.
+    def add(
+        self,
+        ids: Sequence[str],
+        vectors: Vectors | Iterable[Vectors],
+        owners: Sequence[str | None] | None = None,
+    ) -> None:
+        """Add documents, all of them or, after an error, none.
 
         Args:
             ids: Of the documents; none may be in the index.
-            vectors: float32 ``(documents, dimension)``.
+            vectors: float32 ``(documents, dimension)``, or such matrices one after the other, which are written as
+                they come.
             owners: Whose each is; None: nobody's.
 
         Raises:
             DataError: Shapes do not fit, a number is not finite, or an id is there already.
         """
         owners = [None] * len(ids) if owners is None else owners
-        check_added(self.info, self._known, ids, vectors, owners)
-        if not ids:
-            return
-        rows = np.ascontiguousarray(vectors, dtype="<f4")
-        self._segments.append(
-            Segment.write(self.folder, ids, owners, iter([rows]), dimension=self.info.dimension)
-        )
+        check_added(self._known, ids, owners)
+        dimension = self.info.dimension
+        rows = checked_rows(vectors, documents=len(ids), dimension=dimension)
+        if ids:
+            self._segments.append(Segment.write(self.folder, ids, owners, rows, dimension=dimension))
         self.ids += ids
         self.owners += owners
         self._known.update(ids)

@@ -104,12 +104,17 @@ class Segment:
             dimension: Their length.
         """
         name = f"segment-{secrets.token_hex(8)}"
-        with (folder / f"{name}.npy").open("xb") as stream:
-            _write_header(stream, (len(ids), dimension))
-            for chunk in chunks:
-                stream.write(np.ascontiguousarray(chunk, dtype="<f4").data)
-            stream.flush()
-            os.fsync(stream.fileno())
+        matrix = folder / f"{name}.npy"
+        try:
+            with matrix.open("xb") as stream:
+                _write_header(stream, (len(ids), dimension))
+                for chunk in chunks:
+                    stream.write(np.ascontiguousarray(chunk, dtype="<f4").data)
+                stream.flush()
+                os.fsync(stream.fileno())
+        except BaseException:
+            matrix.unlink(missing_ok=True)
+            raise
         data = json.dumps({"ids": list(ids), "owners": list(owners)}).encode()
         write_atomic(folder / f"{name}.json", data)
         info = SegmentInfo(name=name, documents=len(ids), ids_sha256=hashlib.sha256(data).hexdigest())

@@ -195,7 +195,12 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, backend: str) -> None:
         ),
         (
             lambda: index.add(["x"], _vectors(2)),
-            "1 ids, 1 owners and vectors of shape (2, 16) were given; 1 vectors",
+            "Vectors of shape (2, 16) were given; 1 vectors of 16 numbers are needed.",
+        ),
+        (lambda: index.add(["x", "y"], iter([_vectors(1)])), "1 vectors were given for 2 documents."),
+        (
+            lambda: index.add(["x"], _vectors(1), []),
+            "1 ids and 0 owners were given; each document has one of ",
         ),
         (lambda: index.add(["x"], wrong), "A vector holds numbers that are not finite. Check the encoder."),
         (lambda: index.remove({"d001", "x"}), "The index holds no document 'x' (1 of 2 are unknown)."),
@@ -218,6 +223,20 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, backend: str) -> None:
             call()
         assert str(caught.value).startswith(message)
     assert len(index.ids) == 50
+    index.save()
+    again = open_index(tmp_path / "index")
+    assert again.search(_vectors(3, seed=8), k=50) == index.search(_vectors(3, seed=8), k=50)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_vectors_may_come_piece_by_piece(tmp_path: Path, backend: str) -> None:
+    whole = _filled(tmp_path / "whole", backend)
+    index = _index(tmp_path / "index", backend)
+    vectors = _vectors(50)
+    index.add(whole.ids, (vectors[start : start + 7] for start in range(0, 50, 7)), whole.owners)
+    index.save()
+    assert len(list((tmp_path / "index").iterdir())) == 3
+    assert index.search(_vectors(3, seed=9)) == whole.search(_vectors(3, seed=9))
 
 
 def test_damage_is_named(tmp_path: Path) -> None:
