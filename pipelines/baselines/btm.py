@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pipelines.baselines.anchor import Anchor
     from pipelines.baselines.context import BaselineContext
 
-__all__ = ["ANCHOR", "BranchTrainMerge", "log_weights", "make", "mix"]
+__all__ = ["ANCHOR", "BranchTrainMerge", "log_weights", "make", "mix", "token_log_likelihoods"]
 
 ANCHOR = "anchor"
 """Name of the anchor among the members."""
@@ -145,7 +145,7 @@ class BranchTrainMerge(Arm):
     def _log_weights(self, predicted: Sequence[Tensor], ids: Tensor) -> Tensor:
         targets = ids[:, 1:].to(self.anchor.device)
         return log_weights(
-            torch.stack([_token_log_likelihoods(logits, targets) for logits in predicted]),
+            torch.stack([token_log_likelihoods(logits, targets) for logits in predicted]),
             self.log_prior.to(self.anchor.device),
             temperature=self.temperature,
             top_k=self.top_k,
@@ -153,7 +153,7 @@ class BranchTrainMerge(Arm):
         )
 
 
-def _token_log_likelihoods(logits: Tensor, targets: Tensor) -> Tensor:
+def token_log_likelihoods(logits: Tensor, targets: Tensor) -> Tensor:
     """``log p(target)`` from ``(batch, length, vocabulary)``; float32 ``(batch, length - 1)``, row by row."""
     rows = []
     for predicted, target in zip(logits, targets, strict=True):

@@ -26,6 +26,7 @@ EXPERIMENT_KINDS = PluginTable(
     "experiment kind",
     {
         "flexolmo": "pipelines.experiments.flexolmo:FlexOlmoComparison",
+        "upcycling": "pipelines.experiments.upcycling.comparison:UpcyclingComparison",
     },
 )
 """Every kind of experiment by the name that its file gives as ``kind:``."""

@@ -17,6 +17,7 @@ from experts.files import write_atomic
 if TYPE_CHECKING:
     from pipelines.evaluate import Evaluation
     from pipelines.experiments.settings import Experiment
+    from pipelines.experiments.upcycling.settings import UpcyclingExperiment
 
 __all__ = ["Row", "Summary", "rows_of", "summarize", "write_results"]
 
@@ -105,13 +106,20 @@ def _mean_and_deviation(values: Iterable[float]) -> tuple[float, float]:
     return fmean(numbers), stdev(numbers) if len(numbers) > 1 else 0.0
 
 
-def write_results(experiment: Experiment, rows: Sequence[Row], *, out: Path) -> list[Path]:
+def write_results(
+    experiment: Experiment | UpcyclingExperiment,
+    rows: Sequence[Row],
+    *,
+    out: Path,
+    owned: Sequence[str] | None = None,
+) -> list[Path]:
     """Write ``NAME.json``, ``NAME.md`` and ``NAME.png`` into a folder; return their paths.
 
     Args:
         experiment: What was run.
         rows: What was measured.
         out: The folder; made if it is not there.
+        owned: Domains that the mean is over; None: the experiment's.
     """
     from pipelines.charts import draw_nll
 
@@ -119,9 +127,11 @@ def write_results(experiment: Experiment, rows: Sequence[Row], *, out: Path) -> 
     data: dict[str, Any] = {"rows": [asdict(row) for row in rows], "settings": experiment.to_dict()}
     paths = [out / f"{experiment.name}.{ending}" for ending in ("json", "md", "png")]
     write_atomic(paths[0], (json.dumps(data, indent=1) + "\n").encode())
-    summary = summarize(rows, owned=experiment.domains)
-    routing = summarize(rows, owned=experiment.domains, metric="routed_to_owner")
-    write_atomic(paths[1], _markdown(experiment, summary, routing).encode())
+    owned = experiment.domains if owned is None else owned
+    summary = summarize(rows, owned=owned)
+    routing = summarize(rows, owned=owned, metric="routed_to_owner")
+    mean = f"`mean` is over {'the owned domains' if owned == experiment.domains else ', '.join(owned)}."
+    write_atomic(paths[1], _markdown(experiment, summary, routing, mean=mean).encode())
     means = {
         arm: {domain: columns[domain][0] for domain in summary.domains}
         for arm, columns in summary.cells.items()
@@ -131,13 +141,15 @@ def write_results(experiment: Experiment, rows: Sequence[Row], *, out: Path) -> 
     return paths
 
 
-def _markdown(experiment: Experiment, summary: Summary, routing: Summary) -> str:
+def _markdown(
+    experiment: Experiment | UpcyclingExperiment, summary: Summary, routing: Summary, *, mean: str
+) -> str:
     seeds = ", ".join(map(str, experiment.seeds))
     text = [
         f"# {experiment.name}",
         "",
         f"Negative log-likelihood of held-out text, nats per token, lower is better: mean ± standard deviation over "
-        f"seeds {seeds}. `mean` is over the owned domains.",
+        f"seeds {seeds}. {mean}",
         "",
         *_table(summary),
     ]

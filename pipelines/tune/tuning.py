@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from composer.lock import Lock
+from composer.members import BASE_FOLDER
 from experts.errors import BuildError
 from pipelines.tune.job import TuneJob
 from pipelines.tune.planning import TuningPlan
@@ -98,7 +99,7 @@ def tune(
     devices = find_devices(device, batch_size=job.batch_size)
     dtype = compute_dtype(job.dtype, devices.device)
     with _composed(plan, out, registry) as folder:
-        mix = read_mix(job, AutoTokenizer.from_pretrained(folder, local_files_only=True))
+        mix = read_mix(job, AutoTokenizer.from_pretrained(folder / BASE_FOLDER, local_files_only=True))
         model = composer.load(folder, dtype="float32", device=devices.device)
         names = _open_parameters(model, job)
         checkpoint = _checkpoint(job, Lock.read(folder), mix)
@@ -239,8 +240,6 @@ def _stored_dtype(folder: Path) -> torch.dtype:
     """Return the dtype in which a composition is loaded unless asked otherwise."""
     import torch
     from transformers import AutoConfig
-
-    from composer.members import BASE_FOLDER
 
     stored: Any = Lock.read(folder).dtype
     if stored is None:
