@@ -283,8 +283,20 @@ def never(pico: Any, case: Case, absent: str) -> ComposedForCausalLM:
 
 
 @pytest.fixture
+def left(pico: Any, case: Case, absent: str) -> ComposedForCausalLM:
+    """The case's model, loaded without ``absent``; shared."""
+    from composer.loading import load
+
+    folder = pico.composed(**case.settings)
+    return pico.once(lambda: load(folder, opt_out={absent}), "left", folder, absent)
+
+
+@pytest.fixture
 def poison(pico: Any, case: Case) -> Callable[[str], ComposedForCausalLM]:
-    """Load the case's model anew and fill all that an owner put into it with NaN."""
+    """The case's model, loaded anew, with NaN in all that an owner put into it; shared."""
+
+    def make(owner: str) -> ComposedForCausalLM:
+        return pico.once(lambda: load(owner), "poisoned", pico.composed(**case.settings), owner)
 
     def load(owner: str) -> ComposedForCausalLM:
         from composer.layers.moa import MoALayer
@@ -308,7 +320,7 @@ def poison(pico: Any, case: Case) -> Callable[[str], ComposedForCausalLM]:
                 SCORERS[case.scorer].poison(router.scorer, expert)
         return model
 
-    return load
+    return make
 
 
 @pytest.fixture

@@ -56,11 +56,10 @@ def test_u1_request_door_equals_never_joined(
 
 
 def test_u1_load_door_equals_never_joined_bit_for_bit(
-    pico: Any, case: Any, never: Any, absent: str, ids: torch.Tensor
+    left: Any, never: Any, absent: str, ids: torch.Tensor
 ) -> None:
-    model = load(pico.composed(**case.settings), opt_out={absent})
-    assert absent not in model.owners
-    assert torch.equal(_passes(model, ids), _passes(never, ids))
+    assert absent not in left.owners
+    assert torch.equal(_passes(left, ids), _passes(never, ids))
 
 
 def test_u1_build_door_equals_never_joined_bit_for_bit(
@@ -91,12 +90,14 @@ def test_u2_nan_stays_in_the_rows_that_allow_it(
     torch.testing.assert_close(got, _passes(model, ids, opt_out=opt_out)[:, ::2], rtol=0, atol=TOLERANCE)
 
 
-def test_u10_nothing_of_an_absent_owner_is_reachable(pico: Any, case: Any, absent: str) -> None:
+def test_u10_nothing_of_an_absent_owner_is_reachable(
+    pico: Any, case: Any, model: Any, left: Any, absent: str
+) -> None:
     folder = pico.composed(**case.settings)
     lock = Lock.read(folder)
     theirs = _vectors_of(folder, lock, absent)
-    assert theirs & _vectors(load(folder)), "the search does not find what is there"
-    assert not theirs & _vectors(load(folder, opt_out={absent}))
+    assert theirs & _vectors(model), "the search does not find what is there"
+    assert not theirs & _vectors(left)
     kept = lock.without({absent})
     assert absent not in kept.owners
     assert all(absent not in owners for owners in kept.lineage.values())
