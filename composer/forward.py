@@ -18,7 +18,16 @@ from composer.routing.router import Router
 from composer.routing.state import RouterState
 from composer.routing.types import AllowedGroup, RoutingContext, RoutingDecision
 
-__all__ = ["RECORDER", "Branch", "ForwardPass", "Recorder", "current_forward", "forward_pass"]
+__all__ = [
+    "FORCED",
+    "RECORDER",
+    "Branch",
+    "Forced",
+    "ForwardPass",
+    "Recorder",
+    "current_forward",
+    "forward_pass",
+]
 
 Branch = Literal["ffn", "attention"]
 """Which part of a decoder layer asks: its FFN or its attention."""
@@ -27,6 +36,31 @@ Recorder = Callable[[int, RoutingDecision, torch.Tensor | None], None]
 
 RECORDER: ContextVar[Recorder | None] = ContextVar("composer_recorder", default=None)
 """Who watches the decisions of this thread or task; set by `composer.trace.RoutingTrace`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forced:
+    """Sends every token of this thread or task to one expert, and shows what routers would have read.
+
+    Attributes:
+        expert: Its id.
+        watch: Called with layer, branch, the router's input ``(batch, positions, d)`` and the padding mask.
+    """
+
+    expert: int
+    watch: Callable[[int, Branch, torch.Tensor, torch.Tensor | None], None]
+
+    def decision(self, hidden_states: torch.Tensor) -> RoutingDecision:
+        """Return the decision for ``(batch, positions, d)`` states."""
+        tokens = hidden_states.shape[0] * hidden_states.shape[1]
+        return RoutingDecision(
+            indices=torch.full((tokens, 1), self.expert, device=hidden_states.device),
+            weights=hidden_states.new_ones(tokens, 1),
+        )
+
+
+FORCED: ContextVar[Forced | None] = ContextVar("composer_forced_routing", default=None)
+"""Set by `composer.upcycling.measuring`; no request can ask for it."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -48,6 +82,10 @@ class ForwardPass:
         self, router: Router, hidden_states: torch.Tensor, *, layer: int, branch: Branch = "ffn"
     ) -> RoutingDecision:
         """Let a router decide about ``(batch, positions, d)`` states; who watches sees decisions about FFNs."""
+        forced = FORCED.get()
+        if forced is not None:
+            forced.watch(layer, branch, hidden_states, self.token_mask)
+            return forced.decision(hidden_states)
         context = RoutingContext(
             hidden_states=hidden_states,
             # a router's running sums are kept by layer, and the two branches of one layer must not share them

@@ -88,11 +88,20 @@ class RouterSpec(_Strict):
     """Settings of the scorer, for instance ``{shrinkage: 0.1}``."""
     selector_options: dict[str, float | int | str | bool | None] = {}
     """Settings of the selector, for instance ``{top_p: 0.8}``."""
+    public_prompts: tuple[str, ...] = ()
+    """Texts that are nobody's, for a scorer that is made of prompts."""
+
+    @field_validator("public_prompts", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
 
     @model_serializer(mode="wrap")
     def _beside_the_preset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave unwritten keys out beside a preset: read back, they would be taken for the builder's wish."""
         data: dict[str, Any] = handler(self)
+        if not self.public_prompts:
+            data.pop("public_prompts", None)
         if self.preset is None:
             return data
         return {key: value for key, value in data.items() if key in self.model_fields_set}

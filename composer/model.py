@@ -19,13 +19,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
 from composer.configuration import ComposedConfig
-from composer.forward import Branch, ForwardPass, current_forward, forward_pass
+from composer.forward import FORCED, Branch, ForwardPass, current_forward, forward_pass
 from composer.layers.attention_cache import widened
 from composer.optout import OptOut, allowed_experts
 from composer.routing.recent import Recent
 from composer.routing.router import Router
 from composer.routing.state import RouterState, RouterStateLayer
-from composer.routing.types import Groups, group_rows
+from composer.routing.types import ANCHOR, AllowedGroup, Groups, group_rows
 from composer.tuned import Untuned
 from experts.errors import OptOutError
 
@@ -232,6 +232,9 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
                 **kwargs,
             )
         mask, groups = self._request(opt_out, allowed, tokens)
+        forced = FORCED.get()
+        if forced is not None:
+            groups = Groups((AllowedGroup(experts=(ANCHOR, forced.expert) if forced.expert else (ANCHOR,)),))
         if self.caches_per_layer > 1:
             text_config = self.config.get_text_config()
             wanted = text_config.use_cache if use_cache is None else use_cache

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ROUTING_FILE",
     "EmbeddingInfo",
+    "InputsInfo",
     "NoiseInfo",
     "RoutingArtifacts",
     "RoutingInfo",
@@ -110,6 +111,25 @@ class EmbeddingInfo(BaseModel):
     dim: Annotated[int, Field(ge=1, le=65536)]
 
 
+class InputsInfo(BaseModel):
+    """Where statistics of the very states that routers read were taken: on the base's trunk, routed to this expert."""
+
+    model_config = _FROZEN
+
+    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+    branches: Annotated[tuple[Literal["ffn", "attention"], ...], Field(min_length=1)] = ("ffn",)
+    """Whose input: the FFN's, the attention's, or both."""
+    tokens: Annotated[int, Field(ge=1)]
+    documents: Annotated[int, Field(ge=1)]
+
+    @field_validator("layers", "branches")
+    @classmethod
+    def _once(cls, value: tuple[object, ...]) -> tuple[object, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError(f"{list(value)} must not repeat")
+        return value
+
+
 class RoutingInfo(BaseModel):
     """Which routing artefacts a file holds; in an expert's card, or beside a base for public text."""
 
@@ -120,6 +140,7 @@ class RoutingInfo(BaseModel):
     rows: RowsInfo | None = None
     embedding: EmbeddingInfo | None = None
     retrieval: RetrievalInfo | None = None
+    inputs: InputsInfo | None = None
 
     @field_validator("file")
     @classmethod
@@ -199,6 +220,17 @@ class RoutingArtifacts:
         if self.info.retrieval is None:
             return None
         return RetrievalArtifacts.from_tensors(self.info.retrieval, self.tensors)
+
+    def inputs(self, layer: int, branch: str) -> Statistics | None:
+        """Return the statistics of what a layer's router reads, if the file has them."""
+        name = f"inputs.{branch}.{layer}"
+        if f"{name}.count" not in self.tensors:
+            return None
+        return Statistics(
+            count=float(self.tensors[f"{name}.count"][0]),
+            sum=self.tensors[f"{name}.sum"].astype("float64", copy=False),
+            scatter=self.tensors[f"{name}.scatter"].astype("float64", copy=False),
+        )
 
     @property
     def embedding(self) -> NDArray[np.floating] | None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from experts.routing_artifacts import RoutingInfo, StatisticsInfo
+    from experts.routing_artifacts import RoutingInfo
 
 __all__ = [
     "MAX_BIAS",
@@ -81,11 +81,21 @@ def _expected(info: RoutingInfo, hidden_size: int) -> dict[str, TensorSpec]:
             expected[f"row.{layer}.bias"] = TensorSpec(dtype="F32", shape=(1,))
     if info.retrieval:
         expected |= retrieval_tensors(info.retrieval, hidden_size)
-    if info.statistics:
-        expected["statistics.count"] = TensorSpec(dtype="F64", shape=(1,))
-        expected["statistics.sum"] = TensorSpec(dtype="F64", shape=(hidden_size,))
-        expected["statistics.scatter"] = TensorSpec(dtype="F64", shape=(hidden_size, hidden_size))
+    for name in _summed(info):
+        expected[f"{name}.count"] = TensorSpec(dtype="F64", shape=(1,))
+        expected[f"{name}.sum"] = TensorSpec(dtype="F64", shape=(hidden_size,))
+        expected[f"{name}.scatter"] = TensorSpec(dtype="F64", shape=(hidden_size, hidden_size))
     return expected
+
+
+def _summed(info: RoutingInfo) -> list[str]:
+    """Return the names under which statistics are declared."""
+    names = ["statistics"] if info.statistics else []
+    if info.inputs:
+        names += [
+            f"inputs.{branch}.{layer}" for branch in info.inputs.branches for layer in info.inputs.layers
+        ]
+    return names
 
 
 def _width(tensors: Mapping[str, TensorSpec]) -> int:
@@ -110,8 +120,11 @@ def check_values(tensors: Mapping[str, NDArray[np.floating]], info: RoutingInfo,
         if not np.isfinite(array).all()
     ]
     problems = problems or [text for name, array in tensors.items() for text in _bounds(name, array)]
-    if not problems and info.statistics is not None:
-        problems = _statistics_problems(tensors, info.statistics)
+    for name in _summed(info) if not problems else ():
+        declared = info.statistics if name == "statistics" else info.inputs
+        assert declared is not None, "it is declared, see _summed"
+        normed = declared is info.statistics and declared.normalization == "rms"
+        problems += _statistics_problems(tensors, name, tokens=declared.tokens, normed=normed)
     if not problems and info.retrieval is not None:
         problems = retrieval_problems(info.retrieval, tensors)
     if problems:
@@ -139,37 +152,39 @@ def _bounds(name: str, array: NDArray[np.floating]) -> list[str]:
     return []
 
 
-def _statistics_problems(tensors: Mapping[str, NDArray[np.floating]], info: StatisticsInfo) -> list[str]:
+def _statistics_problems(
+    tensors: Mapping[str, NDArray[np.floating]], name: str, *, tokens: int, normed: bool
+) -> list[str]:
     """Check what holds of any n, Σx, Σxxᵀ; noisy statistics are published after a projection, so it holds of them."""
     import numpy as np
 
-    count = float(tensors["statistics.count"][0])
-    total, scatter = tensors["statistics.sum"], tensors["statistics.scatter"]
-    if count != info.tokens:
+    count = float(tensors[f"{name}.count"][0])
+    total, scatter = tensors[f"{name}.sum"], tensors[f"{name}.scatter"]
+    if count != tokens:
         return [
-            f"tensor 'statistics.count': {count:.17g}, but statistics.tokens is {info.tokens}; they must be equal"
+            f"tensor '{name}.count': {count:.17g}, but {name.partition('.')[0]}.tokens is {tokens}; they must be equal"
         ]
     diagonal = np.diagonal(scatter)
     slack = _SLACK * float(np.abs(diagonal).max())
     problems = []
     if not np.allclose(scatter, scatter.T, rtol=0, atol=slack):
-        problems.append("tensor 'statistics.scatter': not symmetric; it must be the sum of x xᵀ")
+        problems.append(f"tensor '{name}.scatter': not symmetric; it must be the sum of x xᵀ")
     if float(diagonal.min()) < 0 or float(diagonal.max()) > count * MAX_STATE**2:
         problems.append(
-            f"tensor 'statistics.scatter': its diagonal must lie between 0 and count * {MAX_STATE**2:g}"
+            f"tensor '{name}.scatter': its diagonal must lie between 0 and count * {MAX_STATE**2:g}"
         )
-    elif info.normalization == "rms" and float(diagonal.sum()) > count * len(total) * (1 + 1e-3):
+    elif normed and float(diagonal.sum()) > count * len(total) * (1 + 1e-3):
         problems.append(
-            f"tensor 'statistics.scatter': trace {float(diagonal.sum()):.6g}; states of unit root mean square have "
+            f"tensor '{name}.scatter': trace {float(diagonal.sum()):.6g}; states of unit root mean square have "
             f"count * width = {count * len(total):.6g}"
         )
     # the covariance's factor is enough: the scatter matrix is the sum of two semi-definite ones then
     elif not problems and not is_positive(scatter - np.outer(total, total) / count, slack=slack):
         problems.append(
-            "tensor 'statistics.sum': too large for statistics.count and statistics.scatter; all three must "
+            f"tensor '{name}.sum': too large for {name}.count and {name}.scatter; all three must "
             "be sums over the same states"
             if is_positive(scatter, slack=slack)
-            else "tensor 'statistics.scatter': not positive semi-definite; it must be the sum of x xᵀ"
+            else f"tensor '{name}.scatter': not positive semi-definite; it must be the sum of x xᵀ"
         )
     return problems
 

@@ -407,6 +407,7 @@ class Pico:
         rows: bool = True,
         gate_layer: int = GATE_LAYER,
         public_digest: str = "0" * 64,
+        inputs: bool = False,
     ) -> Any:
         """Routing artefacts of a domain, from the base's true states on its tokens.
 
@@ -414,7 +415,13 @@ class Pico:
         """
         import numpy as np
 
-        from experts.routing_artifacts import RoutingArtifacts, RoutingInfo, RowsInfo, StatisticsInfo
+        from experts.routing_artifacts import (
+            InputsInfo,
+            RoutingArtifacts,
+            RoutingInfo,
+            RowsInfo,
+            StatisticsInfo,
+        )
 
         random = np.random.default_rng(seed)
         tensors: dict[str, Any] = {}
@@ -430,7 +437,15 @@ class Pico:
                 tensors[f"row.{layer}.weight"] = row.astype("f4")
                 tensors[f"row.{layer}.bias"] = np.array([bias], dtype="f4")
             written = RowsInfo(layers=tuple(layers), has_bias=True, public_digest=public_digest, init="x")
-        return RoutingArtifacts(info=RoutingInfo(statistics=taken, rows=written), tensors=tensors)
+        read = None
+        if inputs:
+            sums = self.once(lambda: self._inputs(family, seed), "inputs", family, seed)
+            tensors |= sums
+            read = InputsInfo(
+                layers=tuple(range(LAYERS)), branches=("ffn", "attention"), tokens=512, documents=16
+            )
+        info = RoutingInfo(statistics=taken, rows=written, inputs=read)
+        return RoutingArtifacts(info=info, tensors=tensors)
 
     def domain_tokens(self, seed: int, *, rows: int, length: int) -> torch.Tensor:
         """Random text of a domain, int64 ``(rows, length)``."""
@@ -451,6 +466,47 @@ class Pico:
             states = self.dense(family)(ids, output_hidden_states=True).hidden_states[layer]
         states = states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + 1e-6)
         return Statistics.from_states(states.flatten(0, 1).numpy())
+
+    def _inputs(self, family: str, seed: int) -> dict[str, Any]:
+        """Sums of the inputs of every layer's FFN and attention on a domain's text, by their names in the file."""
+        import numpy as np
+        import torch
+
+        from composer.upcycling.partition import attention_module
+        from experts.routing_artifacts import Statistics
+
+        base, dense = self.description(family), self.dense(family)
+        found: dict[str, Any] = {}
+
+        def watch(name: str) -> Any:
+            def hook(_: Any, args: Any, kwargs: Any) -> None:
+                states = (args[0] if args else kwargs["hidden_states"]).flatten(0, 1).numpy()
+                summed = Statistics.from_states(states)
+                found[f"{name}.count"] = np.array([summed.count])
+                found[f"{name}.sum"], found[f"{name}.scatter"] = summed.sum, summed.scatter
+
+            return hook
+
+        modules = {"ffn": base.layout.module, "attention": attention_module(base)}
+        hooks = [
+            dense.get_submodule(f"{base.layers_prefix}.{layer}.{module}").register_forward_pre_hook(
+                watch(f"inputs.{branch}.{layer}"), with_kwargs=True
+            )
+            for layer in range(LAYERS)
+            for branch, module in modules.items()
+        ]
+        with torch.no_grad():
+            dense(self.domain_tokens(seed, rows=16, length=32))
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    def prompt(self, seed: int, *, length: int = 12) -> str:
+        """Text of a domain, which the pico tokenizer turns into the domain's tokens."""
+        # the printable characters of ASCII stand at the beginning of the vocabulary, behind two special tokens
+        return "".join(
+            chr(max(int(token), 2) + 31) for token in self.domain_tokens(seed, rows=1, length=length)[0]
+        )
 
     def _row(self, family: str, seed: int, layer: int, random: Any) -> tuple[Any, float]:
         """A router row that is high on the domain's states and about 0 on public ones, with its bias."""
@@ -550,13 +606,15 @@ class Pico:
         empty = self.once(self._empty_registry, "empty")
         registry = Registry(shutil.copytree(empty, self.scratch("registry")))
         registry.add_base(self.base(family), name=family)
-        public = self.artifacts(family=family, seed=0, layers=range(LAYERS), gate_layer=0)
+        public = self.artifacts(family=family, seed=0, layers=range(LAYERS), gate_layer=0, inputs=True)
         folder = self.scratch("public")
         folder.mkdir()
         public.save(folder)
         registry.set_base_routing(family, folder, public.info)
         for owner, (seed, _, _) in OWNERS.items():
-            artifacts = self.artifacts(family=family, seed=seed, layers=range(LAYERS), gate_layer=0)
+            artifacts = self.artifacts(
+                family=family, seed=seed, layers=range(LAYERS), gate_layer=0, inputs=True
+            )
             raw = self.write_dense(self.scratch("raw"), family=family, seed=seed)
             registry.register(self.pack(raw, name=f"{owner}/dense", family=family, artifacts=artifacts))
         return registry
@@ -623,12 +681,18 @@ class Pico:
         """A manifest over the family's registry; further arguments go to ``router``."""
         from composer.manifest import Manifest
 
+        named: list[Any] = list(BLOCKS[block] if experts is None else experts)
+        if router.get("scorer") == "prompts":
+            named = [
+                {"ref": ref, "positive_prompts": [self.prompt(OWNERS[ref.partition("/")[0]][0])]}
+                for ref in named
+            ]
         return Manifest.from_dict(
             {
                 "name": name,
                 "recipe": recipe,
                 "base": family,
-                "experts": list(BLOCKS[block] if experts is None else experts),
+                "experts": named,
                 "opt_out": list(opt_out),
                 "dtype": dtype,
                 "description": description,

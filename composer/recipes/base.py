@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from composer.planning import Plan
     from composer.probes import Probe
 
-__all__ = ["Candidate", "Recipe", "unsupported_kinds"]
+__all__ = ["Candidate", "Recipe", "prompt_problems", "unsupported_kinds"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,9 +61,12 @@ class Recipe(ABC):
 
     def manifest_problems(self, manifest: Manifest, base: BaseDescription) -> list[str]:
         """Say what the manifest asks for that this recipe does not do, the router left out."""
-        if manifest.upcycle is None:
-            return []
-        return [f"upcycle: recipe '{manifest.recipe}' has no such settings; btx, bam and sparse_upcycle have"]
+        found = prompt_problems(manifest)
+        if manifest.upcycle is not None:
+            found.append(
+                f"upcycle: recipe '{manifest.recipe}' has no such settings; btx, bam and sparse_upcycle have"
+            )
+        return found
 
     def optout(self, manifest: Manifest) -> OptOutClass:
         """Return what opting out can mean for the model of this manifest."""
@@ -143,4 +146,25 @@ def unsupported_kinds(recipe: str, kinds: Sequence[str], experts: Sequence[Candi
         f"{e.card.name} is of kind '{e.card.kind}'; {recipe} composes {allowed}"
         for e in experts
         if e.card.kind not in kinds
+    ]
+
+
+def prompt_problems(manifest: Manifest) -> list[str]:
+    """Say where prompts are missing, or given to a scorer that is not made of them."""
+    from composer.routing.scorers import SCORERS
+
+    router = manifest.router
+    if router.scorer not in SCORERS:
+        return []  # said elsewhere
+    if not SCORERS.load(router.scorer).from_prompts:
+        given = [entry.ref for entry in manifest.experts if entry.positive_prompts or entry.negative_prompts]
+        given += ["router.public_prompts"] if router.public_prompts else []
+        return [
+            f"{name}: prompts are given, but scorer '{router.scorer}' is not made of them; write `scorer: prompts`"
+            for name in given
+        ]
+    return [
+        f"{entry.ref}: scorer '{router.scorer}' needs positive_prompts, some texts of the expert's domain"
+        for entry in manifest.experts
+        if not entry.positive_prompts and entry.ref.partition("/")[0] not in manifest.opt_out
     ]

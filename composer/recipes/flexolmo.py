@@ -64,4 +64,4 @@ class FlexOlmo(Recipe):
         spec = members.lock.router
         makers = RouterMaker(spec, members, model)
         install_experts(model, members, router_for=makers.per_layer, normalized=spec.normalize)
-        makers.install_gate()
+        makers.finish()

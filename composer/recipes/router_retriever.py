@@ -66,9 +66,13 @@ class RouterRetriever(Recipe):
 
     def manifest_problems(self, manifest: Manifest, base: BaseDescription) -> list[str]:
         """Refuse what only mixtures of language models have."""
-        found = super().manifest_problems(manifest, base)
+        found = (
+            []
+            if manifest.upcycle is None
+            else ["upcycle: router_retriever has no such settings; leave it out"]
+        )
         prompted = [e.ref for e in manifest.experts if e.positive_prompts or e.negative_prompts]
-        return found + [f"{ref}: router_retriever reads no prompts; leave them out" for ref in prompted]
+        return found + [f"{ref}: prompts are given, but router_retriever reads none" for ref in prompted]
 
     def warnings(self, *, router: Any, experts: Sequence[ExpertCard]) -> list[str]:
         """Say where fewer queries than dimensions were summed: the sums then tell what the queries span."""

@@ -107,10 +107,14 @@ class RouterMaker:
             return None
         return self._router(layer, present)
 
-    def install_gate(self) -> None:
-        """Install the model-wide gate, if the scorer is one."""
+    def finish(self) -> None:
+        """Install the model-wide gate, if the scorer is one, or fill in rows that are made of prompts."""
         from composer.model import Gate, decoder_layer
 
+        if self.scorer_class.from_prompts:
+            from composer.upcycling.measuring import fill_prompt_rows
+
+            fill_prompt_rows(self.model, self.members, branch=self.branch)
         if self.scorer_class.depth != "model":
             return
         layer = self.scorer_class.gate_layer(public=self.public.info, layer=self.spec.layer)

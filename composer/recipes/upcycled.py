@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from composer.lock import OptOutClass
 from composer.manifest import AttentionSpec, Manifest, RouterSpec, TrunkSpec, UpcycleSpec
 from composer.merging import merge_problems
-from composer.recipes.base import Candidate, Recipe, unsupported_kinds
+from composer.recipes.base import Candidate, Recipe, prompt_problems, unsupported_kinds
 from composer.recipes.routers import router_problems
 from composer.upcycling.partition import Partition, partition
 from experts.base import BaseDescription
@@ -64,7 +64,8 @@ class UpcycledRecipe(Recipe):
     def manifest_problems(self, manifest: Manifest, base: BaseDescription) -> list[str]:
         """Check the keys of ``upcycle``, the trunk's weights, and attention."""
         spec = _spec(manifest)
-        found = [
+        found = prompt_problems(manifest)
+        found += [
             f"upcycle.{key}: {self.name} has no such setting; it has {', '.join(self.settings)}"
             for key in UpcycleSpec.model_fields
             if getattr(spec, key) is not None and key not in self.settings
@@ -136,7 +137,7 @@ def _has_rows(router: RouterSpec) -> bool:
     """Whether the router has parameters: a row per expert in every layer."""
     from composer.routing.scorers import SCORERS
 
-    return bool(SCORERS.load(router.scorer).depth == "layer")
+    return bool(SCORERS.load(router.scorer).trainable)
 
 
 def _trunk_problems(spec: TrunkSpec, manifest: Manifest, *, with_base: bool) -> list[str]:

@@ -88,7 +88,7 @@ def assemble(model: ComposedForCausalLM, members: Members) -> None:
     )
     for maker in (ffn, attention):
         if maker is not None:
-            maker.install_gate()
+            maker.finish()
 
 
 def _models(

@@ -67,7 +67,7 @@ router: {scorer_: lda, top_k: 0, context: sentence}
         "  - router.context: input should be 'prompt_mean', 'running_mean' or 'token', given 'sentence'\n"
         "  - router.top_k: input should be greater than or equal to 1, given 0\n"
         "  - router.scorer_: unknown key; did you mean 'scorer'? Allowed: context, layer, normalize, options, "
-        "preset, scorer, selector, selector_options, token_weight, top_k\n"
+        "preset, public_prompts, scorer, selector, selector_options, token_weight, top_k\n"
         "  - bass: unknown key; did you mean 'base'? Allowed: base, description, dtype, experts, format_version, "
         "name, opt_out, recipe, router, upcycle"
     )

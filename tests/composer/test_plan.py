@@ -88,7 +88,7 @@ def test_unknown_names(pico: Any, manifest: Callable[..., Any]) -> None:
         "Unknown recipe 'flexolm'. Did you mean 'flexolmo'? Known: bam, btx, flexolmo, router_retriever, sparse_upcycle."
     )
     assert _refused(manifest(scorer="ldb"), registry) == (
-        f"{CANNOT}  - Unknown scorer 'ldb'. Did you mean 'lda'? Known: lda, learned, ridge."
+        f"{CANNOT}  - Unknown scorer 'ldb'. Did you mean 'lda'? Known: dume, lda, learned, prompts, random, ridge."
     )
     assert _refused(manifest(selector="top_p"), registry) == (
         f"{CANNOT}  - Unknown selector 'top_p'. Did you mean 'topp'? Known: topk, topp."

@@ -85,9 +85,14 @@ def _poison_mixed(block: Any, local: int) -> None:
 SCORERS = {
     "lda": Row(poison=_poison_statistics),
     "learned": Row(poison=_poison_learned),
-    "random": Row(poison=_poison_random),
     "ridge": Row(poison=_poison_statistics),
 }
+MADE_OTHERWISE = {
+    "dume": Row(poison=_poison_statistics),
+    "prompts": Row(poison=_poison_random),
+    "random": Row(poison=_poison_random),
+}
+"""Scorers that differ from a row above in what they are made of only; each is in a case of the upcycling recipes."""
 SELECTORS = {"topk": Row(), "topp": Row(router={"top_k": 3}, same_shapes=False)}
 CONTEXTS = {"prompt_mean": Row(router={"token_weight": 0.25}), "running_mean": Row(), "token": Row()}
 BLOCKS = {
@@ -100,7 +105,10 @@ RECIPES = {"flexolmo": Row()}
 """Recipes that take experts of the pico registries; each is combined with every other row."""
 UPCYCLING = {"btx": Row(), "bam": Row()}
 """Recipes that take whole models; with a frozen trunk, so that leaving out is exact."""
-ELSEWHERE = {"sparse_upcycle": "one owner's model is all of it, so nobody is left when that owner leaves"}
+ELSEWHERE = {
+    "router_retriever": "it ranks documents and has no logits",
+    "sparse_upcycle": "one owner's model is all of it, so nobody is left when that owner leaves",
+}
 """Recipes that the properties here do not apply to, and why; they have tests of their own."""
 
 OTHER_FAMILIES = ("qwen3", "olmo2", "gemma3_text", "gpt_neox", "phi3")
@@ -210,11 +218,11 @@ def _upcycled() -> list[Case]:
     """FFN experts, attention experts of either kind, a router per layer and a router for the whole model."""
     frozen = {"trunk": "frozen"}
     own = {**frozen, "attention": {"kv": "own"}}
-    random = {"scorer": "random", "context": "token", "top_k": 2, "normalize": True, "selector": "topk"}
-    solved = {"scorer": "lda", "context": "running_mean", "top_k": 3, "normalize": True, "selector": "topp"}
+    plain = {"context": "token", "top_k": 2, "normalize": True, "selector": "topk"}
+    solved = {"scorer": "dume", "context": "running_mean", "top_k": 3, "normalize": True, "selector": "topp"}
     rows = [
-        ("btx", "llama", "acme", random, frozen),
-        ("bam", "llama", "bob", random, own),
+        ("btx", "llama", "acme", {"scorer": "prompts", **plain}, frozen),
+        ("bam", "llama", "bob", {"scorer": "random", **plain}, own),
         ("bam", "qwen3", "zoe", solved, frozen),
     ]
     return [
@@ -259,6 +267,7 @@ def table() -> dict[str, Any]:
     """The rows by kind of plug-in, and the cases."""
     return {
         "scorers": SCORERS,
+        "made otherwise": MADE_OTHERWISE,
         "selectors": SELECTORS,
         "contexts": CONTEXTS,
         "blocks": BLOCKS,
@@ -317,7 +326,7 @@ def poison(pico: Any, case: Case) -> Callable[[str], ComposedForCausalLM]:
             _poison_attention(attention, expert)
         for router in routers:
             if router.present is None or expert in router.present:
-                SCORERS[case.scorer].poison(router.scorer, expert)
+                {**SCORERS, **MADE_OTHERWISE}[case.scorer].poison(router.scorer, expert)
         return model
 
     return make

@@ -165,7 +165,7 @@ def neutral(pico: Any) -> Callable[[str, str], Any]:
     def fill_dense(family: str) -> Any:
         registry = pico.fresh_dense_library(family)
         for owner, seed in (("acme", 1), ("bob", 2)):
-            artifacts = pico.artifacts(family=family, seed=seed, layers=range(4), gate_layer=0)
+            artifacts = pico.artifacts(family=family, seed=seed, layers=range(4), gate_layer=0, inputs=True)
             raw = pico.write_dense(pico.scratch("raw"), family=family, seed=0)
             with pytest.warns(ExpertWarning, match="byte for byte the base's"):
                 package = pico.pack(raw, name=f"{owner}/whole", family=family, artifacts=artifacts)

@@ -19,14 +19,15 @@ from composer.routing.selectors import SELECTORS
 
 
 def test_every_registered_plug_in_has_a_row(table: dict[str, Any]) -> None:
-    assert set(table["scorers"]) == set(SCORERS)
+    assert {*table["scorers"], *table["made otherwise"]} == set(SCORERS)
     assert set(table["selectors"]) == set(SELECTORS)
     assert {*table["recipes"], *table["elsewhere"]} == set(RECIPES)
     assert set(table["contexts"]) == set(CONTEXTS)
 
 
 def test_every_row_is_in_a_case(table: dict[str, Any]) -> None:
-    for kind, key in {"scorers": "scorer", "selectors": "selector", "contexts": "context"}.items():
+    assert {case.scorer for case in table["cases"]} == {*table["scorers"], *table["made otherwise"]}
+    for kind, key in {"selectors": "selector", "contexts": "context"}.items():
         assert {case.router[key] for case in table["cases"]} == set(table[kind])
     assert {case.block for case in table["cases"]} == {*table["blocks"], "dense"}
     assert {case.recipe for case in table["cases"]} == set(table["recipes"])

@@ -9,8 +9,10 @@ __all__ = ["SCORERS"]
 SCORERS = PluginTable(
     "scorer",
     {
+        "dume": "composer.routing.scorers.dume:DumeScorer",
         "lda": "composer.routing.scorers.lda:LDAScorer",
         "learned": "composer.routing.scorers.learned:LearnedScorer",
+        "prompts": "composer.routing.scorers.prompts:PromptScorer",
         "random": "composer.routing.scorers.random:RandomScorer",
         "ridge": "composer.routing.scorers.ridge:RidgeScorer",
     },

@@ -59,12 +59,14 @@ class Scorer(nn.Module):
             one decoder layer, and every expert layer above follows that decision.
         trainable: Whether the logits depend on parameters that a training loop may move.
         needs_artifacts: Whether it is made from what owners published.
+        from_prompts: Whether it is made of the manifest's prompts, by running the composed model.
         Options: What ``router.options`` may say.
     """
 
     depth: ClassVar[Literal["layer", "model"]]
     trainable: ClassVar[bool]
     needs_artifacts: ClassVar[bool] = True
+    from_prompts: ClassVar[bool] = False
     Options: ClassVar[type[ScorerOptions]] = ScorerOptions
 
     @classmethod

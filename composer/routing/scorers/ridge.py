@@ -6,12 +6,13 @@ Knows the equations; how statistics are collected and a gate is asked for is in 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from composer.routing.scorers.base import ScorerOptions
 from composer.routing.scorers.solved import SolvedOptions, SolvedScorer
 from experts.routing_artifacts import Statistics
 
@@ -74,7 +75,7 @@ class RidgeScorer(SolvedScorer):
         shared: See `SolvedScorer`.
     """
 
-    Options = RidgeOptions
+    Options: ClassVar[type[ScorerOptions]] = RidgeOptions
 
     def __init__(self, *, ridge: float = 0.1, balanced: bool = True, **shared: Any) -> None:
         super().__init__(**{"temperature": 0.1, **shared})

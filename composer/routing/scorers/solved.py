@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -45,9 +45,9 @@ class SolvedScorer(Scorer):
             0 takes the mean at face value; 1 treats positions as independent (naive Bayes); neighbours are neither.
     """
 
-    depth = "model"
+    depth: ClassVar[Literal["layer", "model"]] = "model"
     trainable = False
-    Options = SolvedOptions
+    Options: ClassVar[type[ScorerOptions]] = SolvedOptions
 
     def __init__(
         self,
