@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from composer.retrieval.request import current_slots
+from composer.retrieval.request import Slots, current_slots
 
 __all__ = ["Factors", "StackedLoRA"]
 
@@ -61,12 +61,26 @@ class StackedLoRA(nn.Module):
         slots = current_slots()
         if slots is None:
             return result
-        # only as wide as the widest that occurs: who does not occur must not even change a product's shape
-        rank = max(self.ranks[slot] for slot in slots.present)
-        if rank == 0:
-            return result
-        down = self.down[slots.index, :, :rank]
-        return torch.baddbmm(result, torch.bmm(x, down), self.up[slots.index, :rank])
+        # by rank, since zeros to pad with would change how a product is summed up: whoever does not occur, or occurs
+        # in another row, must not be seen in a row's last bits
+        for rank in sorted({self.ranks[slot] for slot in slots.present} - {0}):
+            result = self._updated(result, x, slots, rank)
+        return result
+
+    def _updated(self, result: torch.Tensor, x: torch.Tensor, slots: Slots, rank: int) -> torch.Tensor:
+        """Add the updates of one rank to the rows that have one."""
+        mine = tuple(slot for slot in slots.present if self.ranks[slot] == rank)
+        others = any(self.ranks[slot] not in (0, rank) for slot in slots.present)
+        if not others:  # rows without an update multiply nobody's zeros, which changes no bit
+            return self._product(result, x, slots.index, rank)
+        wanted = torch.tensor(mine, device=slots.index.device)
+        rows = torch.isin(slots.index, wanted).nonzero()[:, 0]
+        update = self._product(result[rows], x[rows], slots.index[rows], rank)
+        return result.index_copy(0, rows, update)
+
+    def _product(self, result: torch.Tensor, x: torch.Tensor, index: torch.Tensor, rank: int) -> torch.Tensor:
+        low = torch.bmm(x, self.down[index, :, :rank])
+        return torch.baddbmm(result, low, self.up[index, :rank])
 
     def extra_repr(self) -> str:
         """Show the ranks."""
