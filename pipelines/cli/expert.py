@@ -16,6 +16,7 @@ from pipelines.cli.measure import domain_files
 from pipelines.cli.options import JsonOption, RegistryOption, complete_expert, examples, open_registry
 from pipelines.cli.output import human_bytes, print_fields, print_json, print_line, print_table
 from pipelines.cli.progress import count_bar
+from pipelines.cli.proxies import proxies
 
 if TYPE_CHECKING:
     from pipelines.compression.report import CompressionReport
@@ -24,11 +25,18 @@ if TYPE_CHECKING:
 __all__ = ["group"]
 
 group = typer.Typer(
-    help="Make a full expert low-rank.",
+    help="Make a full expert low-rank; choose proxies for its text.",
     no_args_is_help=True,
     rich_markup_mode=None,
     epilog=examples("coterie expert compress acme/contracts --rank auto --out small"),
 )
+
+group.command(
+    "proxies",
+    epilog=examples(
+        "coterie expert proxies --data law.jsonl --public web.jsonl --count 500 --out proxies.jsonl"
+    ),
+)(proxies)
 
 
 @group.command(
