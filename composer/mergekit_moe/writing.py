@@ -13,15 +13,10 @@ from typing import TYPE_CHECKING, Any
 from composer.building import TOKENIZER_FILES, link_file, new_folder
 from composer.export.shards import SHARD_BYTES, write_shards
 from composer.export.tensors import FLOATS, Entry, Part
+from composer.mergekit_moe.accounting import PlannedSource, trunk_parts
 from composer.mergekit_moe.families import ROLES, Qwen2Moe
 from composer.mergekit_moe.matrices import Weight, derived_seed
-from composer.mergekit_moe.planning import (
-    MoEPlan,
-    PlannedSource,
-    ffn_tensors,
-    trunk_names,
-    trunk_parts,
-)
+from composer.mergekit_moe.planning import MoEPlan
 from experts.safetensors_header import TensorSpec
 
 if TYPE_CHECKING:
@@ -97,21 +92,11 @@ class _Layout:
             yield self._gate(layer)
 
     def _trunk(self) -> Iterator[Entry]:
-        ffn = {name for layer in range(self.layers) for name in ffn_tensors(self.base, layer)}
-        unread = {name for dropped in self.plan.dropped for name in dropped.tensors} - ffn
-        own = {
-            name
-            for dropped in self.plan.dropped
-            if dropped.source == str(self.base.ref)
-            for name in dropped.tensors
-        }
-        for name in trunk_names(self.base, ffn):
-            if name in own & unread:
-                continue
+        for name in self.plan.trunk():
             for new, rows in trunk_parts(self.base, name).items():
                 yield self._whole(new, self._cut(name, rows))
-        if self.plan.family.needs_biases:
-            yield from self._zero_biases()
+        for name, length in self.plan.missing_biases().items():
+            yield self._zeros(name, (length,))
 
     def _cut(self, name: str, rows: tuple[int, int] | None) -> Weight:
         weight = Weight.of(self.base, name)
@@ -122,24 +107,6 @@ class _Layout:
         if weight.stored.dtype not in FLOATS:
             dtype = weight.stored.dtype
         return Entry(name=name, spec=TensorSpec(dtype=dtype, shape=weight.shape), source=weight.parts(dtype))
-
-    def _zero_biases(self) -> Iterator[Entry]:
-        """Write the attention biases that Qwen2-MoE has and the base has not."""
-        for layer in range(self.layers):
-            stem = f"{self.base.description.layers_prefix}.{layer}.self_attn."
-            for role in "qkv":
-                name, weight = f"{stem}{role}_proj.bias", f"{stem}{role}_proj.weight"
-                if name not in self.base.tensors:
-                    yield self._zeros(name, (self._rows(weight),))
-
-    def _rows(self, name: str) -> int:
-        """Return the rows of a trunk's weight under its new name."""
-        if name in self.base.tensors:
-            return self.base.tensors[name].shape[0]
-        fused = name.rpartition(".self_attn.")[0] + ".self_attn.qkv_proj.weight"
-        rows = trunk_parts(self.base, fused)[name]
-        assert rows is not None
-        return rows[1] - rows[0]
 
     def _zeros(self, name: str, shape: tuple[int, ...]) -> Entry:
         spec = TensorSpec(dtype=self.plan.ffn_dtype, shape=shape)

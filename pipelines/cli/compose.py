@@ -6,7 +6,7 @@ Knows how to print a plan and a comparison; composing is the composer's business
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -38,11 +38,14 @@ if TYPE_CHECKING:
 
 __all__ = ["build_folder", "show_plan", "verify_optout_folder"]
 
-PLAN_EXAMPLES = examples("coterie plan manifest.yaml", "coterie plan manifest.yaml --json")
+PLAN_EXAMPLES = examples(
+    "coterie plan manifest.yaml", "coterie plan manifest.yaml --json", "coterie plan mergekit-moe.yml"
+)
 BUILD_EXAMPLES = examples(
     "coterie build manifest.yaml composed",
     "coterie build manifest.yaml composed --copy",
     "coterie build manifest.yaml composed --dry-run",
+    "coterie build mergekit-moe.yml mixtral --layout classic",
 )
 VERIFY_EXAMPLES = examples(
     "coterie verify-optout composed", "coterie verify-optout composed --owner acme --text held-out.jsonl"
@@ -50,20 +53,52 @@ VERIFY_EXAMPLES = examples(
 
 ManifestArgument = Annotated[
     Path,
-    typer.Argument(metavar="MANIFEST", help="A manifest (YAML).", show_default=False),
+    typer.Argument(
+        metavar="MANIFEST", help="A manifest (YAML), coterie's or mergekit-moe's.", show_default=False
+    ),
+]
+
+
+LayoutOption = Annotated[
+    Literal["mergekit", "classic"],
+    typer.Option(
+        "--layout",
+        help="How a mergekit-moe manifest's tensors are named: as mergekit names them, or one tensor an expert and "
+        "matrix, which every version of transformers and other programs read.",
+    ),
+]
+SeedOption = Annotated[
+    int, typer.Option("--seed", min=0, help="Seed of a mergekit-moe manifest's random gates and noise.")
+]
+NoPaddingOption = Annotated[
+    bool,
+    typer.Option(
+        "--no-padding",
+        help="Refuse a mergekit-moe manifest's experts of different widths instead of padding them with zeros.",
+    ),
 ]
 
 
 def show_plan(
     context: typer.Context,
     manifest: ManifestArgument,
+    layout: LayoutOption = "mergekit",
+    seed: SeedOption = 0,
+    no_padding: NoPaddingOption = False,
     registry: RegistryOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check a manifest and show what it would build.
 
-    Everything is resolved, checked and costed: parameters, bytes, compute for a token. Nothing is written.
+    Everything is resolved, checked and costed: parameters, bytes, compute for a token. Nothing is written. Of a
+    mergekit-moe manifest it also says which tensors are left out of the models it names, and why.
     """
+    from pipelines.cli import mergekit_moe
+
+    wanted = mergekit_moe.Wanted(layout=layout, seed=seed, pad=not no_padding)
+    if mergekit_moe.planned(manifest, wanted, as_json=as_json):
+        return
+    wanted.refuse()
     planned = _plan(manifest, open_registry(context, registry))
     if as_json:
         print_json(planned.to_dict())
@@ -84,6 +119,9 @@ def build_folder(
         ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
+    layout: LayoutOption = "mergekit",
+    seed: SeedOption = 0,
+    no_padding: NoPaddingOption = False,
     registry: RegistryOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -91,11 +129,21 @@ def build_folder(
 
     transformers can load it. The registry's files are immutable and are linked, so a build takes milliseconds
     and no disk space.
+
+    A manifest of mergekit-moe is taken as it is: the result is the stock checkpoint that mergekit would write, without
+    a registry, owners or opting out.
     """
     from time import perf_counter
 
     from composer import build
+    from pipelines.cli import mergekit_moe
 
+    wanted = mergekit_moe.Wanted(layout=layout, seed=seed, pad=not no_padding)
+    if dry_run and mergekit_moe.planned(manifest, wanted, as_json=as_json):
+        return
+    if not dry_run and mergekit_moe.built(manifest, out, wanted, copy=copy, as_json=as_json):
+        return
+    wanted.refuse()
     store = open_registry(context, registry)
     planned = _plan(manifest, store)
     if dry_run:

@@ -140,3 +140,30 @@ def built(tmp_path: Path) -> Callable[..., dict[str, Any]]:
         return found
 
     return run
+
+
+@pytest.fixture(scope="session")
+def adapter(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A PEFT adapter of the pico Llama's attention and FFNs, random on both sides."""
+
+    def make(*, seed: int, base_seed: int = 0, **options: Any) -> Path:
+        import torch
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        folder = tmp_path_factory.mktemp("adapter")
+        settings = {"r": 3, "lora_alpha": 5, "task_type": "CAUSAL_LM", **options}
+        settings.setdefault("target_modules", ["q_proj", "gate_proj", "up_proj", "down_proj"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = get_peft_model(
+                AutoModelForCausalLM.from_pretrained(make_model(seed=base_seed)), LoraConfig(**settings)
+            )
+            torch.manual_seed(seed)
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    torch.nn.init.normal_(parameter, std=0.3)
+            model.save_pretrained(folder)
+        return folder
+
+    return make

@@ -1,0 +1,117 @@
+"""Whether models can be experts of one mixture, and in what they differ from the base that the builder should know.
+
+Compares configurations, widths, vocabularies and tokenizers; knows nothing of the class that will hold them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from composer.mergekit_moe.accounting import PlannedSource
+from composer.mergekit_moe.families import Family
+from composer.mergekit_moe.manifest import MoEManifest
+from composer.mergekit_moe.sources import SourceModel, Sources
+from experts.same_architecture import decisive
+
+__all__ = ["plan_warnings", "source_problems"]
+
+_FREE = frozenset(
+    {
+        "architectures",
+        "intermediate_size",
+        "max_position_embeddings",
+        "max_window_layers",
+        "tie_word_embeddings",
+    }
+)
+"""Settings in which an expert may differ from the base: they do not reach its FFNs."""
+_DECISIVE = ("hidden_act", "hidden_activation", "hidden_size", "model_type", "num_hidden_layers")
+"""Settings of an expert that must be the base's."""
+
+
+def source_problems(base: SourceModel, others: Sequence[PlannedSource]) -> list[str]:
+    """Say why models cannot be experts on a base; empty when they can."""
+    wanted = decisive(base.description.config)
+    problems = []
+    if base.description.layout.style == "dense":
+        problems.append(
+            f"{base.ref}: its FFN has no gate matrix (model_type '{base.family}'), and every mixture class of "
+            "transformers has; compose it with coterie's own recipes instead"
+        )
+    for other in others:
+        found = decisive(other.model.description.config)
+        for key in _DECISIVE:
+            if found.get(key) != wanted.get(key):
+                problems.append(
+                    f"{other.model.ref}: {key} is {found.get(key)!r}, the base has {wanted.get(key)!r}; experts "
+                    "must be fine-tuned from one architecture"
+                )
+        problems += _width_problems(other.model)
+    return list(dict.fromkeys(problems))
+
+
+def _width_problems(model: SourceModel) -> list[str]:
+    description = model.description
+    down = [
+        description.tensors[
+            f"{description.layout.name_of('down', prefix=description.layers_prefix, layer=n)}.weight"
+        ]
+        for n in range(description.num_layers)
+    ]
+    widths = sorted({spec.shape[1] for spec in down})
+    if len(widths) == 1:
+        return []
+    return [f"{model.ref}: its layers' FFNs are {', '.join(map(str, widths))} wide; a mixture has one width"]
+
+
+def plan_warnings(
+    manifest: MoEManifest,
+    family: Family,
+    base: SourceModel,
+    experts: Sequence[PlannedSource],
+    shared: PlannedSource | None,
+    sources: Sources,
+) -> list[str]:
+    """Return what is allowed and yet may not be what the builder meant."""
+    found = []
+    if not family.automatic:
+        found.append(
+            "transformers has no class for DeepSeek-MoE of this form: the checkpoint loads only with its authors' "
+            "remote code, which coterie never runs. Leave `architecture` out for a class that loads."
+        )
+    if len(experts) > 1 and len({expert.model.ref for expert in experts}) == 1:
+        still = (
+            ""
+            if any(e.wish.noise_scale for e in experts)
+            else ", which answers as the one model until trained"
+        )
+        found.append(f"all experts are {experts[0].model.ref}: a sparse upcycling{still}.")
+    if len({expert.width for expert in experts}) > 1:
+        narrow = sorted({e.width for e in experts})
+        found.append(
+            f"FFN widths {', '.join(map(str, narrow))}: narrower experts are padded with zeros (exact)."
+        )
+    for model in sources:
+        found += _differences(model, base)
+    return found
+
+
+def _differences(model: SourceModel, base: SourceModel) -> list[str]:
+    if model is base:
+        return []
+    found = []
+    if model.vocabulary and base.vocabulary and model.vocabulary != base.vocabulary:
+        found.append(
+            f"{model.ref} has {model.vocabulary} tokens, the base {base.vocabulary}: the mixture has the base's "
+            "tokenizer and embeddings."
+        )
+    elif model.tokenizer and base.tokenizer and model.tokenizer != base.tokenizer:
+        found.append(f"{model.ref} has another tokenizer than the base; the mixture has the base's.")
+    own, wanted = decisive(model.description.config), decisive(base.description.config)
+    keys = {*own, *wanted} - _FREE - {*_DECISIVE, "vocab_size"}
+    differing = sorted(key for key in keys if own.get(key) != wanted.get(key))
+    if differing:
+        found.append(
+            f"{model.ref} differs from the base in {', '.join(differing)}; the mixture has the base's."
+        )
+    return found

@@ -1,0 +1,388 @@
+"""What is refused, with the reason and the way out; nothing is left behind, whatever fails and whenever."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from composer.mergekit_moe.manifest import is_mergekit_moe, parse, read_manifest
+from composer.mergekit_moe.planning import plan_moe
+from experts.errors import AdmissionError, AssetError, BuildError, CoterieError, ManifestError, PlanError
+
+BASE = {"base_model": "a", "gate_mode": "random", "experts": [{"source_model": "b"}, {"source_model": "c"}]}
+
+
+def message(error: type[CoterieError], call: Any, *args: Any, **kwargs: Any) -> str:
+    with pytest.raises(error) as caught:
+        call(*args, **kwargs)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problems"),
+    [
+        (
+            {"gate_moed": "random"},
+            [
+                "gate_moed: unknown key; did you mean 'gate_mode'? Allowed: architecture, base_model, dtype, experts, "
+                "experts_per_token, gate_mode, shared_experts"
+            ],
+        ),
+        (
+            {"experts": [{"source_model": "b", "positive_prompt": ["x"]}, {"source_model": "c"}]},
+            [
+                "experts.0.positive_prompt: unknown key; did you mean 'positive_prompts'? Allowed: negative_prompts, "
+                "noise_scale, positive_prompts, residual_scale, source_model"
+            ],
+        ),
+        (
+            {"gate_mode": "hiden"},
+            [
+                "gate_mode: unknown gate mode 'hiden'. Did you mean 'hidden'? Known: hidden, hidden_avg, hidden_last, "
+                "cheap_embed, random, uniform_random"
+            ],
+        ),
+        ({"dtype": "int8"}, ["dtype: 'int8' is not one of float64, float32, bfloat16, float16"]),
+        (
+            {"base_model": "a@1@2"},
+            ["base_model: 'a@1@2' has more than one '@'; write PATH or PATH@REVISION"],
+        ),
+        (
+            {"base_model": "a+b+c"},
+            ["base_model: 'a+b+c' has more than one '+'; write MODEL or MODEL+ADAPTER"],
+        ),
+        ({"experts_per_token": 3}, ["experts_per_token: 3, but there are 2 experts"]),
+        (
+            {"shared_experts": [{"source_model": "b"}, {"source_model": "c"}]},
+            ["shared_experts: no class of transformers has more than one gated apart; merge them first"],
+        ),
+        (
+            {"gate_mode": "hidden"},
+            [
+                "experts.0: gate_mode 'hidden' needs positive_prompts",
+                "experts.1: gate_mode 'hidden' needs positive_prompts",
+            ],
+        ),
+        (
+            {
+                "gate_mode": "cheap_embed",
+                "experts": [{"source_model": m, "positive_prompts": ["x"]} for m in "bc"],
+            },
+            [
+                "experts: all have the same prompts, so the router could not tell them apart; give each its own, or "
+                "write `gate_mode: uniform_random` and train the router"
+            ],
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_manifest(changes: dict[str, Any], problems: list[str]) -> None:
+    with pytest.raises(ManifestError) as caught:
+        parse({**BASE, **changes})
+    assert list(caught.value.problems) == problems
+
+
+def test_whole_schema() -> None:
+    found = parse(
+        {
+            "base_model": {"model": {"path": "org/base", "revision": "v1"}},
+            "gate_mode": "hidden_avg",
+            "dtype": "torch.bfloat16",
+            "experts_per_token": 1,
+            "architecture": "qwen",
+            "experts": [
+                {
+                    "source_model": "org/a@main+./lora@2",
+                    "positive_prompts": ["x"],
+                    "negative_prompts": None,
+                    "noise_scale": 1,
+                    "residual_scale": 0.5,
+                }
+            ],
+            "shared_experts": [{"source_model": "org/base"}],
+        }
+    )
+    source = found.experts[0].source_model
+    assert (str(found.base_model), str(source), source.lora.revision) == (
+        "org/base@v1",
+        "org/a@main+./lora@2",
+        "2",
+    )
+    assert (found.storage_dtype, found.experts[0].noise_scale) == ("BF16", 1.0)
+
+
+def test_whose_manifest_it_is(tmp_path: Path) -> None:
+    assert is_mergekit_moe(BASE)
+    assert not is_mergekit_moe({"name": "x", "base": "b", "experts": ["acme/a"]})
+    assert not is_mergekit_moe({"base_model": "b", "experts": ["acme/a"]})
+    assert not is_mergekit_moe("text")
+    (tmp_path / "own.yaml").write_text("name: x\nbase: b\nexperts: [acme/a]\n")
+    assert read_manifest(tmp_path / "own.yaml") is None
+    assert read_manifest(tmp_path / "none.yaml") is None
+    (tmp_path / "theirs.yml").write_text(
+        "base_model: b\nexperts:\n  - source_model: c\nexperts_per_token: 1\nx: 1\n"
+    )
+    assert message(ManifestError, read_manifest, tmp_path / "theirs.yml").startswith(
+        "mergekit-moe manifest theirs.yml has 1 problem:"
+    )
+
+
+# ---------------------------------------------------------------- models
+
+
+def problems_of(config: dict[str, Any], **options: Any) -> list[str]:
+    with pytest.raises(PlanError) as caught:
+        plan_moe(parse(config), **options)
+    assert str(caught.value).startswith(f"This mixture of {config['base_model']} cannot be written:")
+    return list(caught.value.problems)
+
+
+def changed(folder: Path, out: Path, **tensors: Any) -> Path:
+    """A copy of a model with tensors replaced by what a function of the old one gives, or added."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, out)
+    held = load_file(out / "model.safetensors")
+    save_file(held | tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def test_biases_behind_attention(config_of: Any) -> None:
+    config = config_of(model={"attention_bias": True}, gate_mode="random")
+    layers = [0, 1, 2]
+    assert problems_of(config) == [
+        f"{config['base_model']}: model.layers.{layer}.self_attn.{role}_proj.bias has no place in Mixtral{cure}"
+        for layer in layers
+        for role, cure in {
+            "k": "; `architecture: qwen` keeps biases of q, k and v",
+            "o": ": no mixture class has a bias behind attention, and dropping it would change every answer",
+            "q": "; `architecture: qwen` keeps biases of q, k and v",
+            "v": "; `architecture: qwen` keeps biases of q, k and v",
+        }.items()
+    ]
+
+
+def test_biases_of_the_ffn(config_of: Any) -> None:
+    config = config_of(model={"mlp_bias": True}, gate_mode="random")
+    found = problems_of(config)
+    assert len(found) == 18  # three layers of three linears, of two models; the base's FFNs are not read
+    assert found[0] == (
+        f"{config['experts'][0]['source_model']}: model.layers.0.mlp.gate_proj.bias is not zero, and the experts of no "
+        "mixture class have biases; compose the models with coterie's own recipes instead"
+    )
+
+
+def test_biases_of_zeros_are_dropped_and_listed(config_of: Any, make_model: Any, tmp_path: Path) -> None:
+    import torch
+
+    folder = make_model(mlp_bias=True)
+    names = [f"model.layers.{n}.mlp.{r}_proj.bias" for n in range(3) for r in ("gate", "up", "down")]
+    zeros = {name: torch.zeros(32 if "down" in name else 48) for name in names}
+    zeroed = changed(folder, tmp_path / "zeroed", **zeros)
+    config = {**BASE, "base_model": str(zeroed), "experts": [{"source_model": str(zeroed)}] * 2}
+    (dropped,) = plan_moe(parse(config)).dropped
+    assert (set(dropped.tensors), dropped.reason) == (
+        set(names),
+        "an FFN bias of zeros, for which no mixture class has a place",
+    )
+
+
+def test_every_tensor_is_accounted_for(config_of: Any, built: Any, adapter: Any) -> None:
+    """Claimed by name in the output, or listed with a reason; together they are all there is."""
+    config = config_of(gate_mode="random")
+    first = config["experts"][0]["source_model"]
+    config["experts"][1]["source_model"] = f"{config['base_model']}+{adapter(seed=1)}"
+    plan = plan_moe(parse(config))
+    dropped = {(d.source, name) for d in plan.dropped for name in d.tensors}
+    written = built(config)
+    for model in {id(m): m for m in [plan.base, *(e.model for e in plan.experts)]}.values():
+        expert = model is not plan.base
+        for name in model.tensors:
+            used = ".mlp." in name if expert else name in written
+            assert used != ((str(model.ref), name) in dropped), (str(model.ref), name)
+    reasons = {d.source: d.reason for d in plan.dropped if d.source == first}
+    assert reasons == {first: "not an FFN: attention, norms and embeddings are the base model's"}
+    assert any("adapter's updates beside the FFNs" in d.reason for d in plan.dropped)
+
+
+def test_gemma(config_of: Any) -> None:
+    config = config_of("gemma3_text", gate_mode="random", model={"head_dim": 8})
+    found = problems_of(config)
+    assert found[0] == (
+        "model_type 'gemma3_text': no mixture class of transformers has its blocks. Register the models (coterie "
+        "register takes whole models) and compose them with recipe 'btx' as a coterie model"
+    )
+    assert found[1] == "Mixtral: takes models of type llama, mistral, phi3, not gemma3_text"
+
+
+def test_another_architecture_was_asked_for(config_of: Any) -> None:
+    config = config_of("qwen3", gate_mode="random", architecture="mixtral")
+    assert problems_of(config) == ["Mixtral: takes models of type llama, mistral, phi3, not qwen3"]
+    config = config_of(gate_mode="random", architecture="mixtrall")
+    assert message(CoterieError, plan_moe, parse(config)) == (
+        "Unknown architecture 'mixtrall'. Did you mean 'Mixtral'? Known: DeepSeek MoE, FlexOlmo, Mixtral, Qwen MoE, "
+        "Qwen3 MoE."
+    )
+
+
+def test_shared_expert_where_there_is_no_place(config_of: Any) -> None:
+    config = config_of(gate_mode="random", architecture="mixtral")
+    config["shared_experts"] = [{"source_model": config["base_model"]}]
+    assert problems_of(config) == [
+        "Mixtral: has no shared expert; write `architecture: qwen`, or list it among the experts"
+    ]
+
+
+def test_phi3_with_a_long_context(config_of: Any) -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+    }
+    model = {"rope_parameters": rope, "original_max_position_embeddings": 64}
+    config = config_of("phi3", gate_mode="random", architecture="mixtral", model=model)
+    assert problems_of(config) == [
+        "Mixtral: the rotary embedding is of type 'longrope', which only Phi-3's own class computes"
+    ]
+
+
+def test_widths(config_of: Any, make_model: Any) -> None:
+    config = config_of(gate_mode="random")
+    config["experts"][1]["source_model"] = str(make_model(intermediate_size=80))
+    assert problems_of(config, pad=False) == ["the experts' FFNs are 48, 80 wide, and padding is turned off"]
+    assert plan_moe(parse(config)).warnings == (
+        "FFN widths 48, 80: narrower experts are padded with zeros (exact).",
+    )
+
+
+def test_experts_of_another_size(config_of: Any, make_model: Any) -> None:
+    config = config_of(gate_mode="random")
+    other = make_model(hidden_size=64, num_hidden_layers=2)
+    config["experts"][1]["source_model"] = str(other)
+    assert problems_of(config) == [
+        f"{other}: hidden_size is 64, the base has 32; experts must be fine-tuned from one architecture",
+        f"{other}: num_hidden_layers is 2, the base has 3; experts must be fine-tuned from one architecture",
+    ]
+
+
+def test_larger_vocabulary_warns(config_of: Any, make_model: Any, built: Any) -> None:
+    config = config_of(gate_mode="random")
+    other = make_model(vocab_size=99)
+    config["experts"][1]["source_model"] = str(other)
+    assert plan_moe(parse(config)).warnings == (
+        f"{other} has 99 tokens, the base 97: the mixture has the base's tokenizer and embeddings.",
+    )
+    assert built(config)["model.embed_tokens.weight"].shape[0] == 97
+
+
+def test_copies_of_one_model_warn(make_model: Any) -> None:
+    one = str(make_model())
+    config = {**BASE, "base_model": one, "experts": [{"source_model": one}] * 2}
+    assert plan_moe(parse(config)).warnings == (
+        f"all experts are {one}: a sparse upcycling, which answers as the one model until trained.",
+    )
+
+
+def test_deepseek_warns(config_of: Any) -> None:
+    config = config_of(gate_mode="random", architecture="deepseek")
+    (warning,) = plan_moe(parse(config)).warnings
+    assert warning.startswith("transformers has no class for DeepSeek-MoE of this form")
+
+
+def test_missing_models(tmp_path: Path, config_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(gate_mode="random")
+    config["experts"][0]["source_model"] = "./nowhere"
+    assert message(ManifestError, plan_moe, parse(config)) == (
+        "There is no folder './nowhere', and it is no name of a model on the hub."
+    )
+    config["experts"][0]["source_model"] = "some/model@v2"
+    text = message(AssetError, plan_moe, parse(config))
+    assert text.startswith("'some/model@v2' is no folder, and the hub did not give it: ")
+
+
+def test_paths_are_also_looked_for_beside_the_manifest(config_of: Any, tmp_path: Path) -> None:
+    config = config_of(gate_mode="random")
+    shutil.copytree(config["experts"][0]["source_model"], tmp_path / "models" / "one")
+    config["experts"][0]["source_model"] = "models/one"
+    plan = plan_moe(parse(config), near=tmp_path)
+    assert plan.experts[0].model.folder == tmp_path / "models" / "one"
+
+
+def test_pickles_and_missing_shards(config_of: Any, make_model: Any, tmp_path: Path) -> None:
+    config = config_of(gate_mode="random")
+    folder = Path(shutil.copytree(make_model(), tmp_path / "pickled"))
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    config["experts"][0]["source_model"] = str(folder)
+    text = message(AdmissionError, plan_moe, parse(config))
+    assert text.startswith(
+        f"'{folder}' holds no safetensors: pytorch_model.bin is a pickle, which is never read;"
+    )
+    assert f"M.from_pretrained('{folder}', dtype='auto')" in text
+    index = {"weight_map": {"a": "model-1.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    text = message(AdmissionError, plan_moe, parse(config))
+    assert f"lists 1 shards, and 1 of them are not in '{folder}'" in text
+
+
+def test_adapters_that_are_none(config_of: Any, make_model: Any, tmp_path: Path, adapter: Any) -> None:
+    config = config_of(gate_mode="random")
+    config["experts"][0]["source_model"] = f"{make_model()}+{tmp_path}"
+    assert message(AdmissionError, plan_moe, parse(config)) == (
+        f"{tmp_path} is no adapter: it needs adapter_config.json and adapter_model.safetensors."
+    )
+    path = adapter(seed=1, use_dora=True)
+    config["experts"][0]["source_model"] = f"{make_model()}+{path}"
+    text = message(AdmissionError, plan_moe, parse(config))
+    assert "use_dora: True found; allowed is false" in text
+
+
+# ---------------------------------------------------------------- nothing half-written
+
+
+@pytest.mark.parametrize("when", ["gates", "tensors", "configuration"])
+def test_a_failure_leaves_nothing(
+    when: str, config_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import composer.mergekit_moe.gates
+    import composer.mergekit_moe.writing as writing
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    plan = plan_moe(parse(config_of(gate_mode="random")))
+    out = tmp_path / "place" / "out"
+    out.parent.mkdir()
+    if when == "gates":
+        monkeypatch.setattr(composer.mergekit_moe.gates, "make_gates", fail)
+    elif when == "tensors":
+        monkeypatch.setattr(writing.Weight, "parts", lambda *_: (fail,))
+    else:
+        monkeypatch.setattr(writing, "_write_config", fail)
+    with pytest.raises(BuildError, match="No space left while writing"):
+        writing.build_moe(plan, out)
+    assert list(out.parent.iterdir()) == []
+
+
+def test_an_existing_folder_is_kept(config_of: Any, tmp_path: Path) -> None:
+    from composer.mergekit_moe.writing import build_moe
+
+    (tmp_path / "out").mkdir()
+    plan = plan_moe(parse(config_of(gate_mode="random")))
+    assert message(BuildError, build_moe, plan, tmp_path / "out") == (
+        f"The output folder {tmp_path / 'out'} exists. Choose another name, or remove it first."
+    )
+
+
+def test_alike_rows_warn(config_of: Any, tmp_path: Path) -> None:
+    from composer.mergekit_moe.writing import build_moe
+
+    config = config_of(gate_mode="cheap_embed", experts=2)
+    for entry, prompt in zip(config["experts"], ("aaaaaaaaaa", "aaaaaaaaaab"), strict=True):
+        entry |= {"positive_prompts": [prompt], "negative_prompts": None}
+    (warning,) = build_moe(plan_moe(parse(config)), tmp_path / "out")
+    assert warning.startswith("layers 0, 1, 2: the experts' router rows are nearly alike (condition number ")
