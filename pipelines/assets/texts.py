@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 from experts.names import unknown_name
 from pipelines.assets.fetch import asset_files
 
-__all__ = ["TEXTS", "DomainText", "domain_text", "families"]
+__all__ = ["TEXTS", "DomainText", "book_text", "domain_text", "draw", "families"]
 
 _HELD_OUT = 0.2
 """Share of the documents (for licences: of the families) that is held out."""
@@ -92,7 +92,7 @@ def domain_text(
     documents = sorted(source.read(files))
     groups = families([text for _, text in documents]) if source.by_family else range(len(documents))
     drawn = [
-        (_draw(key), _draw(documents[group][0]) < _HELD_OUT, text)
+        (draw(key), draw(documents[group][0]) < _HELD_OUT, text)
         for (key, text), group in zip(documents, groups, strict=True)
     ]
     drawn.sort()
@@ -105,8 +105,8 @@ def domain_text(
     )
 
 
-def _draw(key: str) -> float:
-    """A number in [0, 1) made of ``key``."""
+def draw(key: str) -> float:
+    """Return a number in [0, 1) made of ``key``, the same everywhere."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
 
 
@@ -237,12 +237,17 @@ def _read_books(*names: str) -> Callable[[Sequence[Path]], Iterator[Document]]:
         for path in files:
             whole = path.read_text(encoding="utf-8", errors="replace")
             for name in names:
-                yield from _passages(name, _book(whole, name))
+                yield from _passages(name, _cut_book(whole, name))
 
     return read
 
 
-def _book(whole: str, name: str) -> str:
+def book_text(path: Path, name: str) -> str:
+    """Return the text of one of the books in the file that holds them all."""
+    return _cut_book(path.read_text(encoding="utf-8", errors="replace"), name)
+
+
+def _cut_book(whole: str, name: str) -> str:
     first, last = _BOOKS[name]
     start = whole.index(first)
     return whole[start : whole.index(last, start)]

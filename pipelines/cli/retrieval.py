@@ -265,8 +265,7 @@ def search(
         left_out = _left_out(opt_out or (), encoder, found, store)
         _note_length(query, encoder)
         experts = left_out.intersection(encoder.owners)
-        vectors = encoder.queries([query], opt_out=experts)
-        (route,) = encoder.routes([query], opt_out=experts)
+        vectors, (route,) = encoder.routed([query], opt_out=experts)
     (hits,) = found.search(vectors, k=top_k, allow=owner_mask(found.owners, left_out))
     if as_json:
         _print_found(route, hits, left_out)

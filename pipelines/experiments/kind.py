@@ -26,6 +26,7 @@ EXPERIMENT_KINDS = PluginTable(
     "experiment kind",
     {
         "flexolmo": "pipelines.experiments.flexolmo:FlexOlmoComparison",
+        "router_retriever": "pipelines.experiments.retrieval.comparison:RetrieverComparison",
         "upcycling": "pipelines.experiments.upcycling.comparison:UpcyclingComparison",
     },
 )

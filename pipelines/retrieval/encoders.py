@@ -76,16 +76,20 @@ class Encoder:
             self.model.encode_query(list(texts), **self._options(batch_size), **self._left_out(opt_out))
         )
 
-    def routes(self, texts: Sequence[str], *, opt_out: Collection[str] = ()) -> list[Route]:
-        """Say who answers each query; for a stock model always the base."""
-        check_queries(texts)
+    def routed(self, texts: Sequence[str], *, opt_out: Collection[str] = ()) -> tuple[Vectors, list[Route]]:
+        """Encode queries and say who answers each; for a stock model always the base.
+
+        Raises:
+            DataError: A query is empty.
+        """
         if not self.owners:
-            return [Route(expert=None, owner=None, weights={"base": 1.0}) for _ in texts]
-        found = self.model.encode_query(
-            list(texts), output_value=None, show_progress_bar=False, **self._left_out(opt_out)
-        )
+            return self.queries(texts), [Route(expert=None, owner=None, weights={"base": 1.0}) for _ in texts]
+        check_queries(texts)
+        options = self._options(32) | {"output_value": None, "convert_to_numpy": False}
+        found = self.model.encode_query(list(texts), **options, **self._left_out(opt_out))
+        vectors = [item["sentence_embedding"].cpu().float().numpy() for item in found]
         names = ["base", *self.model.membership.owners]
-        return [
+        routes = [
             Route(
                 expert=item["expert"],
                 owner=item["owner"],
@@ -93,6 +97,8 @@ class Encoder:
             )
             for item in found
         ]
+        whole = self._vectors(np.stack(vectors))
+        return whole / np.linalg.norm(whole, axis=1, keepdims=True) if self.unit else whole, routes
 
     def tokens(self, text: str) -> int:
         """Count the tokens of a text, those beyond the longest input included."""

@@ -25,7 +25,9 @@ def test_vectors_are_the_models_own(stock: Encoder, pico: Any) -> None:
     assert np.array_equal(stock.documents(texts), model.encode_document(texts))
     assert np.array_equal(stock.queries(texts), model.encode_query(texts))
     assert stock.owners == ()
-    assert [route.owner for route in stock.routes(texts)] == [None] * 5
+    vectors, routes = stock.routed(texts)
+    assert np.array_equal(vectors, stock.queries(texts))
+    assert [route.owner for route in routes] == [None] * 5
     assert stock.documents([]).shape == (0, stock.dimension)
 
 
