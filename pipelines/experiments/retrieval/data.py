@@ -79,12 +79,6 @@ def read_data(experiment: RetrieverExperiment, *, tell: Tell | None = None) -> R
             where = folder or f"${COLLECTIONS_VARIABLE}, which is not set"
             say(f"{name} is left out: there is no folder of that name in {where}")
             continue
-        folder = _folder(experiment)
-        if folder is None or not (folder / name).is_dir():
-            say(
-                f"{name} is left out: no folder of that name in {folder or f'${COLLECTIONS_VARIABLE}, which is not set'}"
-            )
-            continue
         unseen[name] = read_collection(folder / name)
     return RetrievalData(owned=owned, unseen=unseen)
 
