@@ -155,8 +155,10 @@ def ridge(world: World) -> Results:
 
 
 def low_rank(world: World) -> Results:
-    """Our default with low-rank experts, trained as such."""
-    names = world.train("low-rank", kind="lora", rank=world.experiment.rank, learning_rate=None)
+    """Our default with every expert compressed to low rank after its training."""
+    from pipelines.experiments.compressed import compressed_experts
+
+    names = compressed_experts(world, plain(world), rank=world.experiment.rank)
     model = world.compose("low_rank", list(names.values()), _top_k(world))
     return {"low_rank": measured(world, model)}
 
