@@ -6,13 +6,15 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from composer.probes import RANDOM_PROMPTS, Probe
+from composer.probes import Probe
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["EmbeddingProbe"]
 
+TEXTS = 16
+"""So many that most routers choose every owner for some of them."""
 WORDS = 12
 
 
@@ -32,7 +34,7 @@ class EmbeddingProbe(Probe):
         """Make texts of random tokens."""
         words = sorted(model.tokenizer.get_vocab())
         chosen = random.Random(self.seed)
-        texts = [" ".join(chosen.choices(words, k=WORDS)) for _ in range(RANDOM_PROMPTS)]
+        texts = [" ".join(chosen.choices(words, k=WORDS)) for _ in range(TEXTS)]
         return [texts, *([self.prompts] if self.prompts else [])]
 
     def outputs(self, model: Any, batch: Any) -> list[torch.Tensor]:

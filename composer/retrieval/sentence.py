@@ -97,6 +97,8 @@ class Retriever(SentenceTransformer):  # type: ignore[misc]
     """
 
     membership: Membership
+    untuned: ClassVar[None] = None
+    """Nothing of a retriever is trained after composing."""
 
     @property
     def expert_names(self) -> tuple[str, ...]:

@@ -1,0 +1,248 @@
+"""The composed folder: a SentenceTransformer after one import, PEFT and a stock model inside, every time the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from composer.editing import add_experts, remove_experts
+from composer.loading import load
+from composer.lock import Lock
+from experts.errors import BuildError, OptOutError, UnknownNameError
+
+
+def tree(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def stock_load(folder: Path, **options: Any) -> Any:
+    """What a user does who knows sentence-transformers."""
+    from sentence_transformers import SentenceTransformer
+
+    import composer.hf  # noqa: F401
+
+    return SentenceTransformer(str(folder), device="cpu", local_files_only=True, **options)
+
+
+def test_the_folder_holds(retrievers: Any) -> None:
+    folder = retrievers.folder()
+    lock = Lock.read(folder)
+    top = {path.name for path in folder.iterdir()}
+    assert top >= {
+        "README.md",
+        "1_Pooling",
+        "base",
+        "base.json",
+        "composition.json",
+        "config.json",
+        "config_sentence_transformers.json",
+        "experts",
+        "manifest.yaml",
+        "modules.json",
+        "sentence_bert_config.json",
+        "tokenizer.json",
+    }
+    for expert in lock.experts:
+        assert {path.name for path in (folder / expert.folder).iterdir()} == {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "card.json",
+            "routing.safetensors",
+        }
+    first, *rest = json.loads((folder / "modules.json").read_text())
+    plain, *others = json.loads((folder / "base" / "modules.json").read_text())
+    assert (first, rest) == ({**plain, "kwargs": ["task", "opt_out"]}, others)
+    assert lock.optout_class == "exact"
+    assert set(lock.lineage.values()) == {(), ("acme",), ("bob",), ("zoe",)}
+
+
+def test_r1_the_base_inside_is_the_stock_model(retrievers: Any, pico: Any, texts: list[str]) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    folder = retrievers.folder() / "base"
+    assert tree(folder) == tree(pico.embedder())
+    base = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+    assert np.array_equal(base.encode(texts), retrievers.stock().encode(texts))
+
+
+@pytest.mark.parametrize(
+    "router", [{}, {"selector": "top1"}, {"selector": "top2", "route_on": "layer_state"}], ids=str
+)
+def test_r8_the_stock_class_loads_it_and_routes(
+    retrievers: Any, texts: list[str], router: dict[str, Any]
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    ours = retrievers.model(**router)
+    model = stock_load(retrievers.folder(**router))
+    assert type(model) is SentenceTransformer
+    queries = model.encode_query(texts)
+    assert np.array_equal(queries, ours.encode_query(texts))
+    assert np.array_equal(model.encode_document(texts), retrievers.stock().encode_document(texts))
+    assert not np.allclose(queries, model.encode_document(texts), atol=1e-3)
+    without = model.encode_query(texts, opt_out={"acme"})
+    assert np.array_equal(without, ours.encode_query(texts, opt_out={"acme"}))
+    left_out = stock_load(retrievers.folder(**router), model_kwargs={"opt_out": {"acme"}})
+    assert np.array_equal(left_out.encode_query(texts), without)
+    with pytest.raises(
+        UnknownNameError, match=r"^Unknown owner 'acne'\. Did you mean 'acme'\? Known: acme, bob, zoe\.$"
+    ):
+        model.encode_query(texts, opt_out={"acne"})
+    with pytest.raises(OptOutError) as caught:
+        model.encode_query(texts, opt_out=[{"acme"}] * len(texts))
+    assert str(caught.value) == (
+        "opt_out has one set of owners per row, and texts are sorted by length on their way to the model. Load the "
+        "folder with composer.load, whose encode_query takes such a list, or call encode_query once for each set."
+    )
+
+
+def _with_modules(retrievers: Any, pico: Any, change: Any) -> Path:
+    folder = shutil.copytree(retrievers.folder(), pico.scratch("copy"))
+    modules = json.loads((folder / "modules.json").read_text())
+    (folder / "modules.json").write_text(json.dumps(change(modules)))
+    return folder
+
+
+@pytest.mark.parametrize("door", [load, stock_load])
+@pytest.mark.parametrize("passed", [[], ["task"]])
+def test_r8_a_folder_that_hides_the_task_is_refused(
+    retrievers: Any, pico: Any, passed: Any, door: Any
+) -> None:
+    folder = _with_modules(retrievers, pico, lambda m: [{**m[0], "kwargs": passed}, *m[1:]])
+    with pytest.raises(BuildError) as caught:
+        door(folder)
+    assert str(caught.value) == (
+        f"{folder / 'modules.json'} passes {passed} to its first module; task, opt_out are needed, or queries would "
+        "be encoded as documents. Build the folder again."
+    )
+
+
+@pytest.mark.parametrize("modules", [[], {}, [1], [{"kwargs": 1}]])
+def test_r8_modules_that_are_none_are_refused(retrievers: Any, pico: Any, modules: Any) -> None:
+    folder = _with_modules(retrievers, pico, lambda _: modules)
+    with pytest.raises(BuildError) as caught:
+        load(folder)
+    assert str(caught.value) == (
+        f"{folder / 'modules.json'} is missing or is no list of modules. Build the folder again."
+    )
+
+
+def test_r8_the_encoder_names_the_task() -> None:
+    """Sentence-transformers hands the task on only to a forward that names it."""
+    import inspect
+
+    from composer.retrieval.model import RetrieverEncoder
+
+    assert {"task", "opt_out", "allowed"} <= set(inspect.signature(RetrieverEncoder.forward).parameters)
+
+
+def test_without_the_import_the_stock_class_says_so(retrievers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    import composer.hf  # noqa: F401
+
+    monkeypatch.delitem(CONFIG_MAPPING._extra_content, "coterie_retriever")
+    with pytest.raises(
+        ValueError, match="has model type `coterie_retriever` but Transformers does not recognize"
+    ):
+        stock_load(retrievers.folder())
+
+
+# -------------------------------------------------------------------- saved, built again, changed
+
+
+def test_r25_saved_and_built_again_byte_for_byte(retrievers: Any, pico: Any, texts: list[str]) -> None:
+    folder = retrievers.folder()
+    out = pico.scratch("saved")
+    model = load(folder)
+    model.save_pretrained(str(out))
+    assert tree(out) == tree(folder)
+    again = pico.scratch("again")
+    load(out).save(str(again))
+    assert tree(again) == tree(out)
+    assert tree(retrievers.compose(retrievers.manifest())) == tree(folder)
+    assert np.array_equal(load(again).encode_query(texts), model.encode_query(texts))
+
+
+def test_r3_the_order_of_the_manifest_is_not_its_meaning(retrievers: Any) -> None:
+    turned = retrievers.compose(retrievers.manifest(list(reversed(retrievers.experts))))
+    differing = {name for name, digest in tree(turned).items() if tree(retrievers.folder())[name] != digest}
+    assert differing == {"composition.json", "manifest.yaml"}
+    assert Lock.read(turned).membership_digest == Lock.read(retrievers.folder()).membership_digest
+
+
+def test_r3_taking_out_and_putting_in_equal_a_fresh_build(retrievers: Any, pico: Any) -> None:
+    fresh = {
+        gone: tree(retrievers.folder([e for e in retrievers.experts if not e.startswith(f"{gone}/")]))
+        for gone in retrievers.owners
+    }
+    folder = pico.scratch("edited")
+    shutil.copytree(retrievers.folder(), folder)
+    for gone in retrievers.owners:
+        remove_experts(folder, [gone])
+        assert tree(folder) == fresh[gone]
+        # R4: nothing of the owner is left, in no file's name and in no file's text
+        for path in folder.rglob("*"):
+            assert gone not in path.name
+            if path.is_file() and path.suffix in {".json", ".yaml", ".md"} and "token" not in path.name:
+                assert f"{gone}/" not in path.read_text()
+        add_experts(folder, [f"{gone}/search"], registry=pico.retriever_library())
+        assert {k: v for k, v in tree(folder).items() if k not in ("composition.json", "manifest.yaml")} == {
+            k: v
+            for k, v in tree(retrievers.folder()).items()
+            if k not in ("composition.json", "manifest.yaml")
+        }
+
+
+def test_r3_the_routers_are_equal_bit_for_bit(retrievers: Any) -> None:
+    whole = retrievers.model()[0].model.engine.router
+    for i, gone in enumerate(retrievers.owners):
+        kept = [e for e in retrievers.experts if not e.startswith(gone)]
+        alone = retrievers.model(kept)[0].model.engine.router
+        without = tuple(j for j in range(3) if j != i)
+        assert whole.solved(without).to_bytes() == alone.solved((0, 1)).to_bytes()
+
+
+def test_changed_weights_are_not_saved(retrievers: Any, pico: Any) -> None:
+    model = load(retrievers.folder())
+    layer = next(m for m in model.modules() if type(m).__name__ == "StackedLoRA")
+    layer.up.data[1] += 1
+    with pytest.raises(BuildError, match=r"was changed after loading, so it is no owner's published weight"):
+        model.save_pretrained(str(pico.scratch("saved")))
+    with pytest.raises(BuildError) as caught:
+        model[0].model.save_pretrained(str(pico.scratch("saved")))
+    assert str(caught.value) == (
+        "The encoder of a composed retriever is not saved alone, since its weights are its owners' published files. "
+        "Save the model that composer.load returns, or copy the folder it was loaded from."
+    )
+
+
+def test_the_card_tells_what_it_is(retrievers: Any) -> None:
+    text = (retrievers.folder() / "README.md").read_text()
+    assert "Recipe `router_retriever`, router `lda`, selector `soft`." in text
+    assert "| acme/search | 1 | acme | acme | Apache-2.0 | retriever |" in text
+    assert "Class `exact`: no file here mixes owners." in text
+
+
+def test_arguments_of_language_models_are_refused(retrievers: Any) -> None:
+    with pytest.raises(BuildError) as caught:
+        load(retrievers.folder(), experts_implementation="eager")
+    assert str(caught.value) == (
+        "experts_implementation chooses kernels of FFN experts; a retriever has none. Leave it out."
+    )
+    with pytest.raises(BuildError) as caught:
+        stock_load(retrievers.folder(), model_kwargs={"opt_in": {"acme"}})
+    assert str(caught.value) == (
+        "Unknown arguments for loading a composed retriever: opt_in. Allowed: opt_out, registry, verify, dtype, "
+        "attn_implementation."
+    )
