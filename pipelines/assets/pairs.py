@@ -176,7 +176,7 @@ def _read_functions(files: Sequence[Path]) -> Iterator[Pair]:
             yield Pair(
                 id=where,
                 query=_cut(_masked(paragraph, node.name), 200),
-                document=_masked(body, node.name)[:600],
+                document=_masked(body, node.name)[:400],
             )
 
 
@@ -198,7 +198,7 @@ def _read_examples(package: str) -> Callable[[Sequence[Path]], Iterator[Pair]]:
                 yield Pair(
                     id=where,
                     query=_cut(_masked(words, node.name), 200),
-                    document=_masked(code, node.name)[:500],
+                    document=_masked(code, node.name)[:300],
                 )
 
     return read

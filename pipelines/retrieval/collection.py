@@ -88,6 +88,8 @@ def read_collection(folder: Path, *, name: str | None = None) -> Collection:
 def read_corpus(path: Path) -> tuple[Document, ...]:
     """Read documents: a JSON object a line with ``_id`` and ``text``, and maybe ``title`` and ``owner``.
 
+    A text may be empty: published collections have such documents, and judgements may name them.
+
     Raises:
         DataError: The file is missing, is not text, or has a line of another form; an id occurs twice.
     """
@@ -97,8 +99,6 @@ def read_corpus(path: Path) -> tuple[Document, ...]:
         key = _identity(record, where, seen)
         parts = _string(record, "title", where), _string(record, "text", where, required=True)
         text = " ".join(part for part in parts if part)
-        if not text:
-            raise DataError(f"{where}: the document '{key}' is empty. Remove it, or give it a text.")
         seen[key] = Document(id=key, text=text, owner=_owner(record, where))
     if not seen:
         raise DataError(f"{path.name} holds no document. Write one JSON object a line.")

@@ -51,6 +51,7 @@ class Encoder:
         dimension: Length of a vector.
         owners: Whose experts are in it, sorted; empty for a stock model.
         unit: Whether vectors have to be divided by their length, because texts are compared by their angle.
+        composition: Digest of the composition that was loaded, those left out at load taken away; None: a stock model.
     """
 
     model: Any
@@ -58,6 +59,7 @@ class Encoder:
     dimension: int
     owners: tuple[str, ...]
     unit: bool
+    composition: str | None = None
 
     def documents(self, texts: Sequence[str], *, batch_size: int = 32) -> Vectors:
         """Encode documents, by the base alone; float32 ``(texts, dimension)``."""
@@ -99,6 +101,11 @@ class Encoder:
         ]
         whole = self._vectors(np.stack(vectors))
         return whole / np.linalg.norm(whole, axis=1, keepdims=True) if self.unit else whole, routes
+
+    def revision(self, *, opt_out: Collection[str] = ()) -> str:
+        """Digest of everything that decides query vectors when owners are left out: base, router, experts, allowed."""
+        allowed = [self.composition or "", sorted(set(self.owners) - set(opt_out))]
+        return hashlib.sha256(json.dumps([self.base, *allowed]).encode()).hexdigest()
 
     def tokens(self, text: str) -> int:
         """Count the tokens of a text, those beyond the longest input included."""
@@ -189,12 +196,15 @@ def open_encoder(
 
 def _composed(folder: Path, *, opt_out: Collection[str], registry: Registry | None, device: str) -> Encoder:
     import composer
+    from composer.lock import Lock
     from composer.members import BASE_FOLDER
     from experts.base import BaseDescription
 
     model: Any = composer.load(folder, opt_out=set(opt_out), registry=registry, device=device)
     if not hasattr(model, "encode_query"):
         raise DataError(f"{folder} holds a language model. Retrieval needs one of recipe router_retriever.")
+    lock = Lock.read(folder)
+    present = lock.without(set(lock.owners) - set(model.owners))
     base = BaseDescription.from_folder(folder / BASE_FOLDER)
     return _encoder(
         model,
@@ -202,11 +212,18 @@ def _composed(folder: Path, *, opt_out: Collection[str], registry: Registry | No
         fingerprint=base.fingerprint,
         embedding=base.embedding,
         owners=model.owners,
+        composition=present.membership_digest,
     )
 
 
 def _encoder(
-    model: Any, folder: Path, *, fingerprint: str, embedding: Any, owners: tuple[str, ...]
+    model: Any,
+    folder: Path,
+    *,
+    fingerprint: str,
+    embedding: Any,
+    owners: tuple[str, ...],
+    composition: str | None = None,
 ) -> Encoder:
     from experts.fingerprint import tokenizer_fingerprint
 
@@ -218,4 +235,5 @@ def _encoder(
         dimension=embedding.dimension,
         owners=owners,
         unit=embedding.similarity == "cosine" and not embedding.normalize,
+        composition=composition,
     )
