@@ -215,6 +215,7 @@ def _changed(manifest: Manifest, staying: Collection[str], new: Joining) -> Mani
     without an owner still has the builder's manifest.
     """
     entries = {parse_reference(entry.ref)[0]: entry for entry in manifest.experts}
+    listed = set(entries)
     entries = {
         name: entry
         for name, entry in entries.items()
@@ -225,7 +226,9 @@ def _changed(manifest: Manifest, staying: Collection[str], new: Joining) -> Mani
         entries[name] = (
             ExpertEntry(ref=reference) if entry is None else entry.model_copy(update={"ref": reference})
         )
-    return manifest.model_copy(update={"experts": tuple(entry for _, entry in sorted(entries.items()))})
+    upcycle = manifest.upcycle and manifest.upcycle.without(listed - set(entries))
+    experts = tuple(entry for _, entry in sorted(entries.items()))
+    return manifest.model_copy(update={"experts": experts, "upcycle": upcycle})
 
 
 def _warnings(own: FolderSource, registry: Source | None) -> list[str]:

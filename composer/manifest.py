@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -25,6 +25,10 @@ from experts.names import check_owner_name, parse_reference
 from experts.strict import load_yaml, validate
 
 __all__ = ["AttentionSpec", "ExpertEntry", "Manifest", "RouterSpec", "TrunkSpec", "UpcycleSpec"]
+
+
+_OWN_ROUTERS = frozenset({"btx", "bam", "sparse_upcycle"})
+"""Recipes whose router is not `RouterSpec`'s where the manifest says nothing."""
 
 
 class _Strict(BaseModel):
@@ -114,8 +118,17 @@ class TrunkSpec(_Strict):
     """``average``: the mean of all models; or a merge method of mergekit, by its name."""
     weights: dict[str, float] = {}
     """``owner/expert``, or ``base``, to its weight; 1 where nothing is said."""
-    parameters: dict[str, float | int | str | bool] = {}
-    """Settings of the method."""
+    parameters: dict[str, float | int | str | bool | dict[str, float]] = {}
+    """Settings of the method; one value, or values by ``owner/expert`` where the method allows it."""
+
+    def without(self, names: Collection[str]) -> TrunkSpec:
+        """Return what is left of it when experts leave: as if it had never named them."""
+
+        def kept(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: value for name, value in values.items() if name not in names}
+
+        parameters = {k: kept(v) if isinstance(v, dict) else v for k, v in self.parameters.items()}
+        return self.model_copy(update={"weights": kept(self.weights), "parameters": parameters})
 
 
 class AttentionSpec(_Strict):
@@ -139,6 +152,12 @@ class UpcycleSpec(_Strict):
     """Attention experts (``bam``)."""
     copies: int | None = Field(default=None, ge=2)
     """Copies of the one model (``sparse_upcycle``)."""
+
+    def without(self, names: Collection[str]) -> UpcycleSpec:
+        """Return what is left of it when experts leave; see `TrunkSpec.without`."""
+        if not isinstance(self.trunk, TrunkSpec):
+            return self
+        return self.model_copy(update={"trunk": self.trunk.without(names)})
 
     @field_validator("trunk", mode="before")
     @classmethod
@@ -196,10 +215,16 @@ class Manifest(_Strict):
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_asked(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave ``upcycle`` out where nothing is said, so that other recipes' digests do not know of it."""
+        """Leave ``upcycle`` out where nothing is said, so that other recipes' digests do not know of it.
+
+        A recipe with a router of its own takes what is not written for its own default, so unwritten keys stay so.
+        """
         data: dict[str, Any] = handler(self)
         if data.get("upcycle", ...) is None:
             del data["upcycle"]
+        if self.recipe in _OWN_ROUTERS and isinstance(data.get("router"), dict):
+            written = self.router.model_fields_set
+            data["router"] = {key: value for key, value in data["router"].items() if key in written}
         return data
 
     @classmethod

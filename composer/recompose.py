@@ -36,6 +36,7 @@ def recompose(
     kept = [e for e in source.lock.experts if e.owner not in without]
     if all(e.owner in opt_out for e in kept):
         return _base_alone(source, out)
+    gone = {e.name for e in source.lock.experts} - {e.name for e in kept}
     manifest = Manifest.of_recipe(source.lock.recipe)(
         name=source.lock.name,
         recipe=source.lock.recipe,
@@ -43,7 +44,7 @@ def recompose(
         experts=tuple(_entry(e) for e in kept),
         opt_out=tuple(sorted(opt_out)),
         router=source.lock.router,
-        upcycle=source.lock.upcycle,
+        upcycle=source.lock.upcycle and source.lock.upcycle.without(gone),
         dtype=source.lock.dtype,  # type: ignore[arg-type]
     )
     return build(plan(manifest, source), out, registry=source)

@@ -53,7 +53,8 @@ class ExpertSource:
         config = kind.read_config(member.file(kind.config_file))
         self.tensors: Tensors = {}
         with self.opened():
-            _check_names(member, self.tensors, kind.resolve(config, base).shapes)
+            self.names = tuple(kind.resolve(config, base).shapes)
+            _check_names(member, self.tensors, self.names)
         self.lora = lora_spec(config, base) if self.kind == "lora" else None
 
     @contextmanager

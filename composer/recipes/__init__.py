@@ -12,7 +12,9 @@ RECIPES = PluginTable(
         "bam": "composer.recipes.bam:BAM",
         "btx": "composer.recipes.btx:BTX",
         "flexolmo": "composer.recipes.flexolmo:FlexOlmo",
+        "merge": "composer.recipes.merge:Merge",
         "router_retriever": "composer.recipes.router_retriever:RouterRetriever",
+        "soup": "composer.recipes.merge:Soup",
         "sparse_upcycle": "composer.recipes.sparse_upcycle:SparseUpcycle",
     },
 )

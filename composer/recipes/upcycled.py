@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from composer.members import Members
     from composer.model import ComposedForCausalLM
 
-__all__ = ["UpcycledRecipe"]
+__all__ = ["UpcycledRecipe", "left_out"]
 
 
 class UpcycledRecipe(Recipe):
@@ -50,10 +50,11 @@ class UpcycledRecipe(Recipe):
         written = {key: getattr(router, key) for key in router.model_fields_set}
         wish = manifest.upcycle or UpcycleSpec()
         said = {key: value for key in UpcycleSpec.model_fields if (value := getattr(wish, key)) is not None}
+        spec = UpcycleSpec(**{**self.defaults, **said}).without(left_out(manifest))
         return manifest.model_copy(
             update={
                 "router": RouterSpec(**{**self.router_defaults, **written}),
-                "upcycle": UpcycleSpec(**{**self.defaults, **said}),
+                "upcycle": spec,
             }
         )
 
@@ -122,6 +123,12 @@ class UpcycledRecipe(Recipe):
 
         if members.experts:  # else the base model answers alone, untouched
             assemble(model, members)
+
+
+def left_out(manifest: Manifest) -> set[str]:
+    """Return the experts that a manifest lists and opts out."""
+    names = {parse_reference(entry.ref)[0] for entry in manifest.experts}
+    return {name for name in names if name.partition("/")[0] in manifest.opt_out}
 
 
 def _spec(manifest: Manifest) -> UpcycleSpec:

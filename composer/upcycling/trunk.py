@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 from composer.manifest import TrunkSpec
-from composer.merging import merge_tensors
+from composer.merging import BASE, merge_problems, merge_tensors
 from experts.errors import BuildError
 from experts.files import capped
 
 if TYPE_CHECKING:
     from composer.layers.install import ExpertSource
 
-__all__ = ["adopt", "merge_trunk"]
+__all__ = ["adopt", "merge_trunk", "places"]
 
 _HEADS = ("lm_head.weight", "embed_out.weight")
 
@@ -41,9 +41,18 @@ def merge_trunk(
         sources: The dense experts, in canonical order.
         spec: How to merge.
         with_base: Whether the base is one of the merged models.
+
+    Raises:
+        BuildError: The method does not merge what is left where somebody is left out, or a tensor has no place.
     """
-    places = _places(model, names)
-    for name, target in places.items():
+    others = [source.member.locked.name for source in sources]
+    spec = spec.without(set(spec.weights) - {*others, BASE})
+    problems = merge_problems(
+        spec.method, others, base=with_base, weights=spec.weights, parameters=spec.parameters
+    )
+    if problems:  # the plan had more models, or others
+        raise BuildError(f"The trunk of {', '.join(others)} cannot be merged:", problems=problems)
+    for name, target in places(model, names).items():
         # one tensor of every model is in memory at a time
         merged = merge_tensors(
             {source.member.locked.name: source.read(name) for source in sources},
@@ -60,11 +69,11 @@ def merge_trunk(
 def adopt(model: nn.Module, names: Sequence[str], source: ExpertSource) -> None:
     """Copy tensors of one dense model into the base model."""
     with source.opened(), torch.no_grad():
-        for name, target in _places(model, names).items():
+        for name, target in places(model, names).items():
             target.copy_(source.tensors[name])
 
 
-def _places(model: nn.Module, names: Sequence[str]) -> dict[str, torch.Tensor]:
+def places(model: nn.Module, names: Sequence[str]) -> dict[str, torch.Tensor]:
     """Return where the tensors of a checkpoint are in the model.
 
     Raises:

@@ -106,6 +106,8 @@ RECIPES = {"flexolmo": Row()}
 UPCYCLING = {"btx": Row(), "bam": Row()}
 """Recipes that take whole models; with a frozen trunk, so that leaving out is exact."""
 ELSEWHERE = {
+    "merge": "it makes one dense model, which routes nothing",
+    "soup": "it makes one dense model, which routes nothing",
     "router_retriever": "it ranks documents and has no logits",
     "sparse_upcycle": "one owner's model is all of it, so nobody is left when that owner leaves",
 }
