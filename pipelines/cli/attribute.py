@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipelines.cli.loading import DeviceOption, OptionError, open_folder
+from pipelines.cli.loading import DeviceOption, DtypeOption, OptionError, open_folder
 from pipelines.cli.options import JsonOption, OptOutOption, OutFolder, RegistryOption, examples, open_registry
 from pipelines.cli.output import note, print_json, print_line, print_table
 from pipelines.cli.progress import count_bar
@@ -58,6 +58,7 @@ def attribute_request(
     ] = None,
     opt_out: OptOutOption = None,
     device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     registry: RegistryOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -75,7 +76,10 @@ def attribute_request(
 
     with (
         count_bar("Attributing", unit="sets of owners") as progress,
-        open_folder(out, opt_out=opt_out or (), registry=store, device=device) as (model, tokenizer),
+        open_folder(out, opt_out=opt_out or (), registry=store, device=device, dtype=dtype) as (
+            model,
+            tokenizer,
+        ),
     ):
         ids, given = tokenize(tokenizer, text, continuation)
         chosen = methods or _affordable(len(model.owners))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipelines.cli.errors import FAILURE
+from pipelines.cli.loading import OptionError
 from pipelines.cli.options import (
     ExpertArgument,
     JsonOption,
@@ -40,7 +41,7 @@ LIST_EXAMPLES = examples(
 )
 SHOW_EXAMPLES = examples("coterie show acme/contracts", "coterie show acme/contracts@1 --json")
 VERIFY_EXAMPLES = examples(
-    "coterie verify", "coterie verify acme/contracts", "coterie verify acme/contracts@1 --json"
+    "coterie verify", "coterie verify acme/contracts@1 --json", "coterie verify --rebuild"
 )
 
 
@@ -190,20 +191,29 @@ def verify(
             metavar="[EXPERT]", help="By default every expert and every base.", show_default=False
         ),
     ] = None,
+    rebuild: Annotated[
+        bool,
+        typer.Option(
+            "--rebuild", help="First recreate a lost or damaged index from the log's files and the blobs."
+        ),
+    ] = False,
     registry: RegistryOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare every stored file with its digest.
 
     Exits with 1 where a file is missing or altered. Without EXPERT, the index and the audit log are checked
-    against each other as well.
+    against each other as well. With --rebuild, a change whose process was stopped between writing its log entry and
+    its commit takes effect; where the log's files or the blobs are damaged too, nothing is changed.
     """
+    if rebuild and expert is not None:
+        raise OptionError("--rebuild recreates the whole index: give it without EXPERT.")
     store = open_registry(context, registry)
     problems: tuple[str, ...] = ()
     if expert is not None:
         files = store.verify(expert).files
     else:
-        report = store.fsck()
+        report = store.fsck(rebuild=rebuild)
         files, problems = report.files.files, report.problems
     damaged = [check for check in files if check.status != "ok"]
     intact = not damaged and not problems
@@ -212,7 +222,8 @@ def verify(
             {"ok": intact, "files": [_check_row(check) for check in files], "problems": list(problems)}
         )
     elif intact:
-        print_line(f"{len(files)} files checked: all are intact.")
+        done = "The index was rebuilt. " if rebuild else ""
+        print_line(f"{done}{len(files)} files checked: all are intact.")
     else:
         print_table(
             [(check.status, check.subject, check.path) for check in damaged],

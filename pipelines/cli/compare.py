@@ -11,10 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipelines.cli.loading import DeviceOption, OptionError, open_folder, quiet_transformers
+from pipelines.cli.loading import DeviceOption, DtypeOption, OptionError, open_folder, quiet_transformers
 from pipelines.cli.options import JsonOption, OptOutOption, OutFolder, RegistryOption, examples, open_registry
 from pipelines.cli.output import print_json, print_table
 from pipelines.cli.progress import count_bar
+from pipelines.cli.windows import (
+    BatchSizeOption,
+    DataOption,
+    MaxTokensOption,
+    SequenceLengthOption,
+    domain_files,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,15 +45,7 @@ _PUBLIC_WINDOWS = 32
 def compare_folder(
     context: typer.Context,
     out: OutFolder,
-    data: Annotated[
-        list[str],
-        typer.Option(
-            "--data",
-            metavar="DOMAIN=FILE",
-            help="Held-out text of a domain: .jsonl with a text field a line, or .txt; may be given several times.",
-            show_default=False,
-        ),
-    ],
+    data: DataOption,
     baseline: Annotated[
         list[str] | None,
         typer.Option(
@@ -67,14 +66,11 @@ def compare_folder(
         ),
     ] = None,
     opt_out: OptOutOption = None,
-    sequence_length: Annotated[
-        int, typer.Option("--sequence-length", min=2, help="Tokens in a window.")
-    ] = 128,
-    max_tokens: Annotated[
-        int, typer.Option("--max-tokens", min=0, help="At most about this many tokens of a domain; 0: all.")
-    ] = 4096,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Windows run at once.")] = 4,
+    sequence_length: SequenceLengthOption = 128,
+    max_tokens: MaxTokensOption = 4096,
+    batch_size: BatchSizeOption = 4,
     device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     registry: RegistryOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -86,7 +82,7 @@ def compare_folder(
     the domain's (oracle, which looks at the name given to --data). Losses are in nats per token. Owners who are left
     out of the model are left out of every baseline.
     """
-    files = _files(data)
+    files = domain_files(data)
 
     from pipelines.baselines import BASELINES
 
@@ -103,7 +99,10 @@ def compare_folder(
     texts = read_domains({**files, **({_PUBLIC: public} if public else {})})
     store = open_registry(context, registry)
     with count_bar("Comparing", unit="tokens") as progress:
-        with open_folder(out, opt_out=opt_out or (), registry=store, device=device) as (model, tokenizer):
+        with open_folder(out, opt_out=opt_out or (), registry=store, device=device, dtype=dtype) as (
+            model,
+            tokenizer,
+        ):
             weighed = texts.pop(_PUBLIC, None)
             windows = prepare(
                 texts, tokenizer, sequence_length=sequence_length, max_tokens=max_tokens or None
@@ -134,19 +133,6 @@ def _public_ids(documents: Sequence[str], tokenizer: Any, sequence_length: int) 
     limit = _PUBLIC_WINDOWS * sequence_length
     cut = prepare({_PUBLIC: documents}, tokenizer, sequence_length=sequence_length, max_tokens=limit)
     return cut[_PUBLIC].ids
-
-
-def _files(data: Sequence[str]) -> dict[str, Path]:
-    """Split ``DOMAIN=FILE`` and refuse a domain that is named twice."""
-    files: dict[str, Path] = {}
-    for given in data:
-        domain, _, file = given.partition("=")
-        if not (domain and file):
-            raise OptionError(f"--data '{given}' is not of the form DOMAIN=FILE, for instance law=law.jsonl.")
-        if domain in files:
-            raise OptionError(f"--data names the domain '{domain}' twice. Put its text into one file.")
-        files[domain] = Path(file)
-    return files
 
 
 def _print(arms: Mapping[str, Evaluation], domains: Mapping[str, Path]) -> None:

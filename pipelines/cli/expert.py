@@ -12,11 +12,11 @@ import typer
 
 from pipelines.cli.errors import writing_to
 from pipelines.cli.loading import OptionError, quiet_transformers
-from pipelines.cli.measure import domain_files
 from pipelines.cli.options import JsonOption, RegistryOption, complete_expert, examples, open_registry
 from pipelines.cli.output import human_bytes, print_fields, print_json, print_line, print_table
 from pipelines.cli.progress import count_bar
 from pipelines.cli.proxies import proxies
+from pipelines.cli.windows import domain_files
 
 if TYPE_CHECKING:
     from pipelines.compression.report import CompressionReport

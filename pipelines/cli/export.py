@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipelines.cli.loading import DeviceOption, OptionError, open_folder
-from pipelines.cli.measure import domain_files
 from pipelines.cli.options import JsonOption, OptOutOption, OutFolder, RegistryOption, examples, open_registry
 from pipelines.cli.output import human_bytes, note, print_fields, print_json, print_line, print_table
 from pipelines.cli.progress import byte_bar, spinner
+from pipelines.cli.windows import domain_files
 
 if TYPE_CHECKING:
     from pipelines.calibration import BiasCost

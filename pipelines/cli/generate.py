@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipelines.cli.loading import DeviceOption, OptionError, open_folder
+from pipelines.cli.loading import DeviceOption, DtypeOption, OptionError, dtype_name, open_folder
 from pipelines.cli.options import JsonOption, OptOutOption, OutFolder, RegistryOption, examples, open_registry
 from pipelines.cli.output import print_json, print_line, printable
 from pipelines.cli.progress import spinner
@@ -55,6 +55,7 @@ def generate(
         ),
     ] = None,
     device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     registry: RegistryOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -72,7 +73,10 @@ def generate(
     store = open_registry(context, registry)
     with (
         spinner("Loading") as report,
-        open_folder(out, opt_out=opt_out or (), registry=store, device=device) as (model, tokenizer),
+        open_folder(out, opt_out=opt_out or (), registry=store, device=device, dtype=dtype) as (
+            model,
+            tokenizer,
+        ),
     ):
         report("Generating")
         started = perf_counter()
@@ -89,6 +93,7 @@ def generate(
                 "seconds": round(seconds, 3),
                 "seed": seed,
                 "owners": list(dict.fromkeys(model.owners)),
+                "dtype": dtype_name(model),
             }
         )
         return

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 
@@ -16,13 +16,22 @@ from experts.errors import CoterieError
 from pipelines.cli.output import note
 
 if TYPE_CHECKING:
+    from composer.lock import Lock
     from composer.model import ComposedForCausalLM
     from registry import Registry
 
-__all__ = ["DeviceOption", "OptionError", "open_folder", "quiet_transformers"]
+__all__ = ["DeviceOption", "DtypeOption", "OptionError", "dtype_name", "open_folder", "quiet_transformers"]
 
 DeviceOption: TypeAlias = Annotated[
     str, typer.Option("--device", help="Where the model runs: auto, cpu, cuda, cuda:1, ...")
+]
+
+DtypeOption: TypeAlias = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(
+        "--dtype",
+        help="What to compute in. auto: the manifest's, or the faster one here that represents the weights exactly.",
+    ),
 ]
 
 
@@ -32,9 +41,9 @@ class OptionError(CoterieError):
 
 @contextmanager
 def open_folder(
-    out: Path, *, opt_out: Collection[str], registry: Registry, device: str
+    out: Path, *, opt_out: Collection[str], registry: Registry, device: str, dtype: str = "auto"
 ) -> Iterator[tuple[ComposedForCausalLM, Any]]:
-    """Yield a composed model and its tokenizer; say on stderr whom the registry leaves out.
+    """Yield a composed model and its tokenizer; say on stderr whom the registry leaves out, and what it computes in.
 
     Names are checked before anything heavy is imported, so that a typing mistake is reported at once.
     """
@@ -52,8 +61,40 @@ def open_folder(
     import composer
 
     with quiet_transformers():
-        model = composer.load(out, opt_out=set(opt_out), registry=registry, device=device)
+        chosen = _faster(out, lock, device) if dtype == "auto" else dtype
+        model = composer.load(out, opt_out=set(opt_out), registry=registry, device=device, dtype=chosen)
+        if lock.owners and not model.owners:
+            note("Note: every owner is left out: the base model answers alone.")
         yield model, AutoTokenizer.from_pretrained(out, local_files_only=True)
+
+
+def _faster(out: Path, lock: Lock, device: str) -> str | None:
+    """Choose as a training job does, where the manifest did not choose; None: what the folder says."""
+    import torch
+
+    from composer.members import BASE_FOLDER
+    from experts.base import BaseDescription
+    from pipelines.train.anchor import compute_dtype
+
+    if (
+        lock.dtype is not None
+        or device not in ("auto", "cpu")
+        or (device == "auto" and torch.cuda.is_available())
+    ):
+        return None
+    description = BaseDescription.from_folder(out / BASE_FOLDER)
+    if description.dtype != "BF16" or compute_dtype(description) != "float32":
+        return None
+    note(
+        "Note: computing in float32, which is faster on this machine than the model's own bfloat16 and represents its "
+        "weights exactly; --dtype bfloat16 keeps to it."
+    )
+    return "float32"
+
+
+def dtype_name(model: Any) -> str:
+    """What a model computes in, for output: ``float32``."""
+    return str(model.dtype).removeprefix("torch.")
 
 
 @contextmanager

@@ -13,15 +13,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipelines.cli.loading import DeviceOption, OptionError, open_folder
+from pipelines.cli.loading import DeviceOption, DtypeOption, OptionError, dtype_name, open_folder
 from pipelines.cli.options import JsonOption, OptOutOption, OutFolder, RegistryOption, examples, open_registry
 from pipelines.cli.output import print_json, print_line, print_table
 from pipelines.cli.progress import count_bar
+from pipelines.cli.windows import (
+    BatchSizeOption,
+    DataOption,
+    MaxTokensOption,
+    SequenceLengthOption,
+    domain_files,
+)
 
 if TYPE_CHECKING:
     from pipelines.evaluate import DomainScore, Evaluation
 
-__all__ = ["domain_files", "evaluate_folder"]
+__all__ = ["evaluate_folder"]
 
 EXAMPLES = examples(
     "coterie evaluate composed --data law=law.jsonl --data code=code.jsonl",
@@ -37,15 +44,7 @@ Owners = Mapping[str, Sequence[str]]
 def evaluate_folder(
     context: typer.Context,
     out: OutFolder,
-    data: Annotated[
-        list[str],
-        typer.Option(
-            "--data",
-            metavar="DOMAIN=FILE",
-            help="Held-out text of a domain: .jsonl with a text field a line, or .txt; may be given several times.",
-            show_default=False,
-        ),
-    ],
+    data: DataOption,
     opt_out: OptOutOption = None,
     leave_one_out: Annotated[
         bool, typer.Option("--leave-one-out", help="Measure the whole and, in turn, without each owner.")
@@ -69,14 +68,11 @@ def evaluate_folder(
             show_default=False,
         ),
     ] = None,
-    sequence_length: Annotated[
-        int, typer.Option("--sequence-length", min=2, help="Tokens in a window.")
-    ] = 128,
-    max_tokens: Annotated[
-        int, typer.Option("--max-tokens", min=0, help="At most about this many tokens of a domain; 0: all.")
-    ] = 4096,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Windows run at once.")] = 4,
+    sequence_length: SequenceLengthOption = 128,
+    max_tokens: MaxTokensOption = 4096,
+    batch_size: BatchSizeOption = 4,
     device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     registry: RegistryOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -112,7 +108,10 @@ def evaluate_folder(
     }
     with (
         count_bar("Evaluating", unit="tokens") as progress,
-        open_folder(out, opt_out=opt_out or (), registry=store, device=device) as (model, tokenizer),
+        open_folder(out, opt_out=opt_out or (), registry=store, device=device, dtype=dtype) as (
+            model,
+            tokenizer,
+        ),
     ):
         if leave_one_out:
             arms = each_left_out(model, tokenizer, texts, progress=progress, **size)
@@ -123,6 +122,7 @@ def evaluate_folder(
         _draw(arms["composed"], heatmap)
     if as_json:
         rows = {arm: _plain(result, left_out, owners, arms["composed"]) for arm, result in arms.items()}
+        rows = {arm: {**row, "dtype": dtype_name(model)} for arm, row in rows.items()}
         print_json(rows if leave_one_out else rows["composed"])
     elif leave_one_out:
         _print_arms(arms)
@@ -140,19 +140,6 @@ def _draw(result: Evaluation, path: Path) -> None:
         draw_routing(routing, beside, title="Who a domain is routed to").replace(path)
     finally:
         beside.unlink(missing_ok=True)
-
-
-def domain_files(data: Sequence[str]) -> dict[str, Path]:
-    """Split ``DOMAIN=FILE`` and refuse a domain that is named twice."""
-    files: dict[str, Path] = {}
-    for given in data:
-        domain, equals, file = given.partition("=")
-        if not (domain and equals and file):
-            raise OptionError(f"--data '{given}' is not of the form DOMAIN=FILE, for instance law=law.jsonl.")
-        if domain in files:
-            raise OptionError(f"--data names the domain '{domain}' twice. Put its text into one file.")
-        files[domain] = Path(file)
-    return files
 
 
 def _given_owners(pairs: Sequence[str]) -> dict[str, tuple[str, ...]]:

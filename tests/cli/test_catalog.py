@@ -169,6 +169,23 @@ class TestShow:
 
 
 class TestVerify:
+    def test_rebuild(self, run: Any, registry: Path) -> None:
+        """A lost index is an error that says so; it comes back with every expert in it."""
+        before = run("list", "--json", registry=registry).json
+        for file in registry.glob("index.sqlite*"):
+            file.unlink()
+        assert run("verify", registry=registry).code != 0
+        outcome = run("verify", "--rebuild", registry=registry)
+        assert (outcome.code, outcome.err) == (0, "")
+        assert outcome.out.startswith("The index was rebuilt. ")
+        assert outcome.out.endswith(" files checked: all are intact.\n")
+        assert run("list", "--json", registry=registry).json == before
+        refused = run("verify", "acme/contracts", "--rebuild", registry=registry)
+        assert (refused.code, refused.err) == (
+            2,
+            "Error: --rebuild recreates the whole index: give it without EXPERT.\n",
+        )
+
     def test_intact(self, run: Any, filled: Path) -> None:
         outcome = run("verify", registry=filled)
         assert (outcome.code, outcome.err) == (0, "")

@@ -55,7 +55,8 @@ BAD_MANIFESTS = {
     ),
     "unknown recipe": (
         HEAD.replace("flexolmo", "flexolm") + "experts: [acme/contracts]\n",
-        "Error: Unknown recipe 'flexolm'. Did you mean 'flexolmo'? Known: flexolmo.\n",
+        "Error: Unknown recipe 'flexolm'. Did you mean 'flexolmo'? Known: bam, btx, flexolmo, merge, "
+        "router_retriever, soup, sparse_upcycle.\n",
     ),
     "duplicate key": (
         HEAD + "experts: [acme/contracts]\nexperts: [hosp/icd]\n",
@@ -207,7 +208,7 @@ class TestGenerate:
         one, same, other = (run(*args, "--seed", seed).json for seed in (1, 1, 2))
         assert one["completion"] == same["completion"] != other["completion"]
         assert (one["seed"], one["prompt"], one["tokens"] <= 12) == (1, "x", True)
-        assert list(one) == ["prompt", "completion", "tokens", "seconds", "seed", "owners"]
+        assert list(one) == ["prompt", "completion", "tokens", "seconds", "seed", "owners", "dtype"]
 
     def test_opt_out_is_the_model_without_the_owner(
         self, run: Any, composed: Path, filled: Path, tmp_path: Path

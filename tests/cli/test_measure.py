@@ -20,7 +20,8 @@ def test_json_is_the_models_own_loss(run: Any, composed: Path, texts: dict[str, 
 
     outcome = run("evaluate", composed, "--data", f"law={texts['law']}", *SMALL, "--json")
     assert (outcome.code, outcome.err) == (0, "")
-    assert list(outcome.json) == ["opt_out", "mean_nll", "domains", "mean_routing_accuracy"]
+    assert list(outcome.json) == ["opt_out", "mean_nll", "domains", "mean_routing_accuracy", "dtype"]
+    assert outcome.json["dtype"] == "float32"
     score = outcome.json["domains"]["law"]
     assert list(score) == [
         "nll",
