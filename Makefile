@@ -60,8 +60,8 @@ bench: $(STAMP) ## Run every benchmark; each writes its figures to $(BENCH_OUT).
 constraints: ## Write the versions installed in the virtual environment into constraints.txt.
 	@{ sed -n '/^#/p' constraints.txt; \
 	  { $(BIN)/python -m pip freeze --disable-pip-version-check --exclude-editable --exclude coterie \
-	  | sed -E '/ @ /d; s/\+[a-z0-9.]+$$//'; sed -n '/^lm-eval==/p' constraints.txt; } \
-	  | LC_ALL=C sort -fu; } > constraints.new # the extra lm-eval need not be installed
+	  | sed -E '/ @ /d; s/\+[a-z0-9.]+$$//'; sed -nE '/^(faiss-cpu|haystack-ai|langchain-core|llama-index-core|lm-eval|mteb)==/p' constraints.txt; } \
+	  | LC_ALL=C sort -fu; } > constraints.new # the extras need not be installed
 	@mv constraints.new constraints.txt
 
 clean: ## Remove the virtual environment and everything that was generated.
