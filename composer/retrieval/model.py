@@ -17,10 +17,11 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
 from composer.model import Membership
-from composer.optout import OptOut, allowed_experts, owners_per_row
+from composer.optout import OptOut, allowed_experts
 from composer.retrieval.config import RetrieverConfig
 from composer.retrieval.engine import Engine, LayerGate
 from composer.retrieval.router import Decision
+from composer.routing.recent import Recent
 from experts.errors import OptOutError
 
 __all__ = ["RECORDER", "RetrieverEncoder"]
@@ -63,6 +64,7 @@ class RetrieverEncoder(PreTrainedModel):  # type: ignore[misc]
         self.default_task: Task | None = None
         self._accepted = _parameters(self.base)
         self._told = False
+        self._sets: Recent[torch.Tensor] = Recent()
         self.post_init()
 
     @classmethod
@@ -167,6 +169,10 @@ class RetrieverEncoder(PreTrainedModel):  # type: ignore[misc]
             )
         return "document"
 
+    def _flags(self, opt_out: OptOut) -> torch.Tensor:
+        members = self.membership
+        return allowed_experts(opt_out, batch=1, owners=members.owners, known=members.known_owners)
+
     def _allowed(self, opt_out: OptOut | None, allowed: torch.Tensor | None, *, rows: int) -> torch.Tensor:
         members = self.membership
         if opt_out is not None and not isinstance(opt_out, str):
@@ -178,8 +184,9 @@ class RetrieverEncoder(PreTrainedModel):  # type: ignore[misc]
                     "once for each set."
                 )
         if allowed is None:
-            sets = owners_per_row(opt_out or (), batch=1, known=members.known_owners)
-            return allowed_experts(sets, batch=1, owners=members.owners, known=members.known_owners)
+            if isinstance(opt_out, str):
+                return self._flags(opt_out)  # says what is wrong with it
+            return self._sets.get(frozenset(opt_out or ()), lambda: self._flags(opt_out or ()))
         if opt_out is not None:
             raise OptOutError("Give either opt_out or allowed, not both.")
         if allowed.shape != (rows, len(members.experts) + 1):

@@ -5,7 +5,7 @@ Pure arithmetic on a query's feature in float64. Knows expert positions and sums
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,11 +76,22 @@ class Router:
         self.selector = selector
         self.min_margin = min_margin
         self.temperature = temperature
-        self._solved: Recent[Solved] = Recent(size=16)
+        self._solved: Recent[tuple[Slots, Solved]] = Recent(size=16)
 
-    def solved(self, experts: tuple[int, ...]) -> Solved:
+    def solved(self, experts: Sequence[int]) -> Solved:
         """Return the scores' map for these positions (from 0), solved on first use."""
-        return self._solved.get(experts, lambda: self.scorer.solve([self.facts[e] for e in experts]))
+        flags = np.zeros(len(self.facts), dtype=np.bool_)
+        flags[list(experts)] = True
+        return self._of(flags)[1]
+
+    def _of(self, flags: Flags) -> tuple[Slots, Solved]:
+        """Return an allowed set's positions and the scores' map of exactly these, solved on first use."""
+
+        def solve() -> tuple[Slots, Solved]:
+            positions = np.flatnonzero(flags)
+            return positions, self.scorer.solve([self.facts[e] for e in positions])
+
+        return self._solved.get(flags.tobytes(), solve)
 
     def decide(self, features: Array, allowed: Flags, *, trace: bool = False) -> Decision:
         """Route a batch.
@@ -94,10 +105,11 @@ class Router:
         slots, weights = np.zeros((rows, 1), dtype=np.int64), np.ones((rows, 1))
         margin = np.full(rows, np.nan)
         scores = np.full((rows, len(self.facts)), -np.inf) if trace else None
-        for experts, members in _groups(allowed, rows).items():
-            if not experts:
+        for members, flags in _groups(allowed, rows):
+            if not flags.any():
                 continue
-            chosen = self._decide(features[members], experts, trace=trace)
+            experts, solved = self._of(flags)
+            chosen = self._decide(features[members], experts, solved, trace=trace)
             slots, weights = _wide(slots, weights, chosen.slots.shape[1])
             slots[members], weights[members] = 0, 0.0
             slots[members, : chosen.slots.shape[1]] = chosen.slots
@@ -105,7 +117,7 @@ class Router:
             margin[members] = chosen.margin
             if scores is not None:
                 assert chosen.scores is not None
-                scores[np.ix_(members, np.asarray(experts))] = chosen.scores
+                scores[np.ix_(members, experts)] = chosen.scores
         return Decision(
             slots=slots,
             weights=weights,
@@ -114,14 +126,13 @@ class Router:
             scores=scores,
         )
 
-    def _decide(self, features: Array, experts: tuple[int, ...], *, trace: bool) -> Decision:
+    def _decide(self, features: Array, experts: Slots, solved: Solved, *, trace: bool) -> Decision:
         """Route rows that allow the same experts."""
-        solved = self.solved(experts)
         most = self.selector.most
         if most is not None and len(experts) > MANY and solved.one_row_each and not trace:
             return self._among_many(features, experts, solved, most)
         scores = solved.scores(features)
-        return self._choose(scores, np.asarray(experts, dtype=np.int64), solved, trace=trace)
+        return self._choose(scores, experts, solved, trace=trace)
 
     def _choose(self, scores: Array, experts: Slots, solved: Solved, *, trace: bool = False) -> Decision:
         positions, weights = self.selector.select(scores)
@@ -136,10 +147,9 @@ class Router:
             slots=slots, weights=weights, margin=margin, confidence=margin, scores=scores if trace else None
         )
 
-    def _among_many(self, features: Array, experts: tuple[int, ...], solved: Solved, most: int) -> Decision:
+    def _among_many(self, features: Array, experts: Slots, solved: Solved, most: int) -> Decision:
         """Score in float32, and again in float64 whoever could be among the best by the error bound."""
         rows = [self._candidates(row, solved, most) for row in features]
-        numbers = np.asarray(experts, dtype=np.int64)
         parts = []
         for row, found in zip(features, rows, strict=True):
             vectors = Solved(
@@ -148,7 +158,7 @@ class Router:
                 unit_queries=solved.unit_queries,
                 over_base=solved.over_base,
             )
-            parts.append(self._choose(vectors.scores(row[None]), numbers[found], vectors))
+            parts.append(self._choose(vectors.scores(row[None]), experts[found], vectors))
         return Decision(
             slots=np.concatenate([p.slots for p in parts]),
             weights=np.concatenate([p.weights for p in parts]),
@@ -169,14 +179,14 @@ class Router:
         return np.flatnonzero(coarse >= threshold - bound)
 
 
-def _groups(allowed: Flags, rows: int) -> Mapping[tuple[int, ...], Slots]:
-    """Return the rows of every allowed set."""
+def _groups(allowed: Flags, rows: int) -> list[tuple[Slots, Flags]]:
+    """Return the rows of every allowed set, and the set."""
     if len(allowed) == 1:
-        return {tuple(np.flatnonzero(allowed[0]).tolist()): np.arange(rows)}
-    found: dict[tuple[int, ...], list[int]] = {}
+        return [(np.arange(rows), allowed[0])]
+    found: dict[bytes, list[int]] = {}
     for row, flags in enumerate(allowed):
-        found.setdefault(tuple(np.flatnonzero(flags).tolist()), []).append(row)
-    return {experts: np.array(members) for experts, members in found.items()}
+        found.setdefault(flags.tobytes(), []).append(row)
+    return [(np.array(members), allowed[members[0]]) for members in found.values()]
 
 
 def _wide(slots: Slots, weights: Array, width: int) -> tuple[Slots, Array]:

@@ -6,6 +6,7 @@ has to travel with it, and the decision, which comes back beside the vector.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
@@ -19,6 +20,10 @@ from composer.retrieval.model import RECORDER, RetrieverEncoder
 from composer.retrieval.router import Decision
 
 __all__ = ["Retriever", "RoutedTransformer"]
+
+
+_TOKENIZING = threading.Lock()
+"""A fast tokenizer is set up for padding and cutting off before every call, and refuses that while another one runs."""
 
 
 class _Text(str):
@@ -43,7 +48,8 @@ class RoutedTransformer(Transformer):  # type: ignore[misc]
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
         """Tokenize; see `Transformer.preprocess`. Sets that came with the texts become ``allowed``."""
-        features: dict[str, Any] = super().preprocess(list(map(_plain, inputs)), prompt=prompt, **kwargs)
+        with _TOKENIZING:
+            features: dict[str, Any] = super().preprocess(list(map(_plain, inputs)), prompt=prompt, **kwargs)
         if any(isinstance(text, _Text) for text in inputs):
             from composer.optout import allowed_experts
 

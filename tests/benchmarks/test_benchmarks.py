@@ -23,7 +23,9 @@ FIGURES = {
         "load_vs_stock",
     },
     "export": {"time_vs_mergekit", "time_vs_copy", "rss_vs_mergekit"},
+    "mergekit_manifests": {"time_ratio", "rss_ratio", "tensors_differing"},
     "forward": {"prefill_vs_stock", "decode_vs_stock", "optout_overhead"},
+    "retriever": {"query_cost", "mixed_cost", "thread_errors", "route_100k_ms", "index_docs_per_second"},
 }
 RUN_KEYS = {"arm", "seconds", "cpu_seconds", "growth_mb", "peak_mb"}
 
