@@ -291,6 +291,9 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             return untuned.generate(inputs, *args, **kwargs)
         # a tensor, so that beams and return sequences expand it together with the rows
         kwargs["allowed"] = self._allowed(opt_out, kwargs.get("allowed"), batch=batch)
+        kwargs.setdefault(
+            "disable_compile", True
+        )  # who is allowed, and the router's state, are no tensors of a graph
         if given is not None:
             kwargs.setdefault("prompt_length", given.shape[1])
         return super().generate(inputs, *args, **kwargs)
@@ -303,6 +306,9 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         mask = kwargs.get("attention_mask")
         if isinstance(mask, torch.Tensor) and mask.dim() == 2:
             inputs["token_mask"] = mask
+        elif mask is None and inputs.get("attention_mask") is not None:  # made for a cache of fixed length
+            tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+            inputs["token_mask"] = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         return inputs
 
     def _before_tuning(
@@ -393,8 +399,8 @@ def _attach(cache: Cache, state: RouterState) -> None:
     if _held_state(cache) is None:
         first = cache.layers[0] if cache.layers else None
         # mask functions look for the first layer of a kind: never let that be this one
-        sliding = bool(getattr(first, "is_sliding", False))
-        cache.layers.append(RouterStateLayer(state, is_sliding=sliding))
+        sliding, static = (bool(getattr(first, name, False)) for name in ("is_sliding", "is_compileable"))
+        cache.layers.append(RouterStateLayer(state, is_sliding=sliding, is_compileable=static))
 
 
 def _token_mask(attention_mask: Any, token_mask: torch.Tensor | None, *, length: int) -> torch.Tensor | None:

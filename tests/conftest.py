@@ -508,6 +508,15 @@ class Pico:
             chr(max(int(token), 2) + 31) for token in self.domain_tokens(seed, rows=1, length=length)[0]
         )
 
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        from transformers import AutoTokenizer
+
+        load = AutoTokenizer.from_pretrained
+        return list(
+            self.once(lambda: load(self.base("llama"), local_files_only=True), "tokenizer")(text).input_ids
+        )
+
     def _row(self, family: str, seed: int, layer: int, random: Any) -> tuple[Any, float]:
         """A router row that is high on the domain's states and about 0 on public ones, with its bias."""
         noise = random.normal(size=WIDTH, scale=0.02)

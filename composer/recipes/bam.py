@@ -49,13 +49,14 @@ class BAM(UpcycledRecipe):
         found = super().problems(router=router, base=base, public=public, experts=experts)
         if router.scorer == "learned":
             found.append(
-                "router.scorer: 'learned' has rows for FFNs only, and bam routes attention too; use 'random', 'prompts', "
-                "'lda', 'ridge' or 'dume'"
+                "router.scorer: 'learned' has rows for FFNs only, and bam routes attention too; use 'random', "
+                "'prompts', 'lda', 'ridge' or 'dume'"
             )
         if router.scorer == "dume":
             published = [("the base", public), *((e.card.name, e.card.routing) for e in experts)]
             found += [
-                f"{name} publishes no statistics of the inputs of attention routers; measure them in a `bam` composition"
+                f"{name} publishes no statistics of the inputs of attention routers; measure them in a `bam` "
+                "composition"
                 for name, info in published
                 if info is not None and info.inputs is not None and "attention" not in info.inputs.branches
             ]

@@ -92,15 +92,16 @@ class RouterStateLayer:
     It stands behind the attention layers and answers the calls that a cache makes on all of its layers.
     """
 
-    is_compileable = False
     is_initialized = True
     supports_early_init = False
     keys = None
     values = None
 
-    def __init__(self, state: RouterState, *, is_sliding: bool) -> None:
+    def __init__(self, state: RouterState, *, is_sliding: bool, is_compileable: bool = False) -> None:
         self.state = state
         self.is_sliding = is_sliding
+        # masks are cut to the keys that are there unless every layer says that its length is fixed
+        self.is_compileable = is_compileable
 
     @property
     def is_croppable(self) -> bool:

@@ -291,7 +291,8 @@ def test_statistics_of_real_states_are_admitted(tmp_path: Path) -> None:
         (
             {"embeding": {}},
             [
-                "embeding: unknown key; did you mean 'embedding'? Allowed: embedding, file, inputs, retrieval, rows, statistics"
+                "embeding: unknown key; did you mean 'embedding'? Allowed: embedding, file, inputs, retrieval, "
+                "rows, statistics"
             ],
         ),
     ],
