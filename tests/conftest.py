@@ -621,9 +621,11 @@ class Pico:
         public.save(folder)
         registry.set_base_routing(family, folder, public.info)
         for owner, (seed, _, _) in OWNERS.items():
-            artifacts = self.artifacts(
-                family=family, seed=seed, layers=range(LAYERS), gate_layer=0, inputs=True
-            )
+            artifacts = None
+            if family in _FAMILIES:  # the others are for what needs no router of the owners'
+                artifacts = self.artifacts(
+                    family=family, seed=seed, layers=range(LAYERS), gate_layer=0, inputs=True
+                )
             raw = self.write_dense(self.scratch("raw"), family=family, seed=seed)
             registry.register(self.pack(raw, name=f"{owner}/dense", family=family, artifacts=artifacts))
         return registry

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 FIGURES = {
+    "bam": {"decode_vs_flops", "prefill_vs_btx"},
     "compose": {
         "time_vs_mergekit",
         "rss_vs_mergekit",
