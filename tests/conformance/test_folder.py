@@ -51,6 +51,7 @@ def test_u7_a_build_is_deterministic(pico: Any, case: Any) -> None:
 
 
 def test_u8_the_order_of_experts_does_not_matter(pico: Any, case: Any, model: Any, ids: torch.Tensor) -> None:
+    """F8: the order is canonical, so digests and logits agree."""
     manifest = pico.manifest(**case.settings)
     turned = pico.manifest(**case.settings, experts=[entry.ref for entry in reversed(manifest.experts)])
     folder = pico.compose(turned)

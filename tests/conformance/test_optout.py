@@ -42,7 +42,7 @@ def test_the_prompts_use_everybody(model: Any, ids: torch.Tensor) -> None:
 def test_u1_request_door_equals_never_joined(
     model: Any, never: Any, absent: str, ids: torch.Tensor, pico: Any
 ) -> None:
-    """Rows that leave the owner out stand between rows that do not."""
+    """Rows that leave the owner out stand between rows that do not (F14)."""
     batch = torch.cat([ids, pico.prompts(seed=1)])
     order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(0))
     opt_out = [{absent} if row < len(ids) else set() for row in order.tolist()]
@@ -73,6 +73,7 @@ def test_u1_build_door_equals_never_joined_bit_for_bit(
 def test_u2_nan_of_an_absent_owner_changes_no_bit(
     model: Any, poison: Callable[[str], Any], absent: str, ids: torch.Tensor
 ) -> None:
+    """F4: what is left out is not even multiplied by zero."""
     poisoned = poison(absent)
     everybody = poisoned(ids).logits
     assert everybody.isnan().any(), "the poison is not where the model looks"
@@ -107,6 +108,7 @@ def test_u10_nothing_of_an_absent_owner_is_reachable(
 
 
 def test_u12_nobody_left_is_the_base_bit_for_bit(pico: Any, case: Any, model: Any, ids: torch.Tensor) -> None:
+    """F5, through both doors."""
     with torch.inference_mode():
         expected = pico.dense(case.family)(ids).logits
     everybody = set(pico.owners)
@@ -120,7 +122,7 @@ def test_u12_nobody_left_is_the_base_bit_for_bit(pico: Any, case: Any, model: An
 def test_u12_experts_that_change_nothing_give_the_base(
     pico: Any, neutral: Any, case: Any, ids: torch.Tensor
 ) -> None:
-    """Adapters with B = 0 and copies of the base's FFN, under any router whose weights sum to 1."""
+    """F9: adapters with B = 0 and copies of the base's FFN, under any router whose weights sum to 1."""
     router = {**case.router, "normalize": True}
     names = {
         "low_rank": ("acme/zero", "bob/zero"),

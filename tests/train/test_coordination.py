@@ -132,3 +132,20 @@ def test_nothing_frozen_can_be_reached_by_an_optimizer():
     moved = [not torch.equal(old, new) for old, new in zip(before, reachable, strict=True)]
     assert len(moved) == 2 * (2 * 2 + 2)
     assert all(moved)
+
+
+@pytest.mark.parametrize(("weight_decay", "intact"), [(0.0, True), (0.1, False)])
+def test_zeroed_gradients_freeze_only_without_weight_decay(weight_decay: float, intact: bool) -> None:
+    """F7's negative control: a frozen half inside a trained tensor, as FlexOlmo's released code has it, moves."""
+    torch.manual_seed(0)
+    rows = nn.Parameter(torch.randn(2, 4))
+    before = rows.detach().clone()
+    optimizer = torch.optim.AdamW([rows], lr=0.1, weight_decay=weight_decay)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (torch.randn(3, 4) @ rows.T).square().mean().backward()
+        assert rows.grad is not None
+        rows.grad[0] = 0
+        optimizer.step()
+    assert torch.equal(rows[0], before[0]) == intact
+    assert not torch.equal(rows[1], before[1])
