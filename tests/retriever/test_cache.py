@@ -1,0 +1,65 @@
+"""Kept embeddings: a hit only for the same text, the same allowed experts and the same composition."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from composer.loading import load
+from composer.retrieval.cache import QueryCache
+from experts.errors import UnknownNameError
+
+
+class Counting:
+    """A model that counts the texts it encodes."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.encoded = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def encode_query(self, texts: Sequence[str], **options: Any) -> Any:
+        self.encoded += len(texts)
+        return self.model.encode_query(texts, **options)
+
+
+def test_r24_what_makes_a_hit(retrievers: Any, texts: list[str]) -> None:
+    model, cache = Counting(retrievers.model()), QueryCache()
+    sets: list[set[str]] = [set(), {"acme"}, {"bob", "zoe"}, set(retrievers.owners)]
+    for opt_out in sets:
+        first = cache.encode_query(model, texts, opt_out=opt_out)
+        assert np.abs(first - retrievers.model().encode_query(texts, opt_out=opt_out)).max() < 1e-5
+        assert np.array_equal(cache.encode_query(model, texts, opt_out=opt_out), first)
+    assert (model.encoded, cache.hits, len(cache)) == (4 * len(texts), 4 * len(texts), 4 * len(texts))
+    again = cache.encode_query(model, texts[:4], opt_out=sets)
+    assert model.encoded == 4 * len(texts)
+    assert len({vector.tobytes() for vector in again}) == 4
+    assert cache.encode_query(model, []).shape == (0, 32)
+
+
+def test_r24_another_composition_is_another_key(retrievers: Any, texts: list[str]) -> None:
+    """Nobody of acme may answer in either case; but the routers of the two folders are not the same."""
+    cache = QueryCache()
+    models = [
+        Counting(retrievers.model()),
+        Counting(retrievers.model(scorer="centroid")),
+        Counting(load(retrievers.folder(), opt_out={"acme"})),
+    ]
+    for model in models:
+        found = cache.encode_query(model, texts, opt_out={"acme"})
+        assert np.abs(found - model.model.encode_query(texts, opt_out={"acme"})).max() < 1e-5
+        assert model.encoded == len(texts)
+    with pytest.raises(UnknownNameError, match=r"^Unknown owner 'acne'\. Did you mean 'acme'\?"):
+        cache.encode_query(models[0], texts, opt_out={"acne"})
+
+
+def test_the_oldest_make_room(retrievers: Any, texts: list[str]) -> None:
+    model, cache = Counting(retrievers.model()), QueryCache(size=2)
+    for text in (texts[0], texts[1], texts[0], texts[2], texts[0], texts[1]):
+        cache.encode_query(model, [text])
+    assert (len(cache), cache.hits, model.encoded) == (2, 2, 4)
