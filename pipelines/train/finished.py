@@ -20,7 +20,8 @@ _FILE = "finished.json"
 
 
 def _key(job: DomainJob) -> str:
-    files = [*job.data, *job.public, *([job.held_out] if isinstance(job.held_out, Path) else [])]
+    given = [*job.data, *job.public, *([job.held_out] if isinstance(job.held_out, Path) else [])]
+    files = [file for path in given for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
     states = [(path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(json.dumps([job.digest(), states]).encode()).hexdigest()
 

@@ -18,6 +18,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -25,6 +26,12 @@ from pydantic import (
 from experts.errors import CoterieError, ManifestError
 from experts.names import check_expert_name
 from experts.strict import load_yaml, validate
+from pipelines.train.retrieval_settings import (
+    LANGUAGE_FIELDS,
+    RetrievalSettings,
+    check_pair_sources,
+    with_retriever_defaults,
+)
 
 __all__ = [
     "BiasSettings",
@@ -152,7 +159,8 @@ class DomainJob(_Settings):
     base: str
     """The public anchor: a base's name in the registry, or the path of a checkpoint folder."""
     kind: str = "lora"
-    """``lora``: low-rank matrices on the FFN linears; ``ffn``: the FFN matrices themselves; or a plug-in's name."""
+    """``lora``: low-rank matrices on the FFN linears; ``ffn``: the FFN matrices themselves; ``retriever``: low-rank
+    matrices on the query side of an embedding model; or a plug-in's name."""
     layers: str | tuple[Annotated[int, Field(ge=0, strict=True)], ...] = "upper-half"
     """``all``, ``upper-half``, ranges such as ``15-29`` or ``3,7-9``, or a list. Everything below the first of
     them is run once and kept, so high layers train faster."""
@@ -162,7 +170,9 @@ class DomainJob(_Settings):
     """The low-rank term is scaled by alpha / rank; by default alpha = rank."""
 
     data: Annotated[tuple[Path, ...], BeforeValidator(as_list)]
-    """The owner's text: ``.jsonl`` files with {"text": ...} a line, or ``.txt`` files, one document each."""
+    """The owner's text: ``.jsonl`` files with {"text": ...} a line, or ``.txt`` files, one document each. For
+    retrievers ``.jsonl`` files with {"query": ..., "document": ...} or {"title": ..., "text": ...} a line, or folders
+    with ``corpus.jsonl``, ``queries.jsonl`` and ``qrels.tsv``."""
     public: Annotated[tuple[Path, ...], BeforeValidator(as_list)] = ()
     """Public text, in the same formats."""
     public_fraction: Number = Field(default=0.0, ge=0, lt=1)
@@ -179,9 +189,9 @@ class DomainJob(_Settings):
     steps: Count = 200
     """Steps of the optimiser."""
     learning_rate: Number | None = Field(default=None, gt=0)
-    """Peak rate; by default the trainer's own (2e-3 for ``lora``, 1e-4 for ``ffn``)."""
-    schedule: Literal["constant", "cosine"] = "cosine"
-    """After the warm-up: a cosine to a tenth of the peak, or constant."""
+    """Peak rate; by default the trainer's own (2e-3 for ``lora``, 1e-4 for ``ffn``, 1e-3 for ``retriever``)."""
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """After the warm-up: a cosine to a tenth of the peak, constant, or a straight line to nothing."""
     weight_decay: Number = Field(default=0.0, ge=0)
     """On the expert's own matrices. Rows, biases and everything frozen have none, whatever is written here."""
     warmup: Integer = Field(default=5, ge=0)
@@ -216,12 +226,17 @@ class DomainJob(_Settings):
     row_negatives: Number = Field(default=0.0, ge=0)
     """Weight of a binary cross-entropy that tells own from public tokens by the rows; needs ``public`` text."""
 
+    retrieval: RetrievalSettings | None = None
+    """How a retriever is trained; only for the kind ``retriever``."""
+
     workdir: Path = Path(".coterie")
     """The owner's private folder for checkpoints and logs; one sub-folder for each expert."""
 
     @model_validator(mode="before")
     @classmethod
     def _write_preset_out(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("kind") == "retriever":
+            return with_retriever_defaults(data)
         if not isinstance(data, Mapping) or data.get("preset") != "paper":
             return data
         named = dict(_PAPER)
@@ -265,8 +280,11 @@ class DomainJob(_Settings):
 
     @field_validator("data", "public")
     @classmethod
-    def _check_texts(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
-        check_text_files(value)
+    def _check_texts(cls, value: tuple[Path, ...], info: ValidationInfo) -> tuple[Path, ...]:
+        if info.data.get("kind") == "retriever" and info.field_name == "data":
+            check_pair_sources(value)
+        else:
+            check_text_files(value)
         return value
 
     @field_validator("data")
@@ -306,7 +324,8 @@ class DomainJob(_Settings):
             problems.append("row_negatives needs coordination and a public_fraction above 0")
         if self.row_init == "random" and (self.row_centre or self.row_rotation is not None):
             problems.append("row_centre and row_rotation change rows that say something; row_init is random")
-        if self.preset == "paper" and "row_init" not in self.model_fields_set:
+        problems += self._retrieval_problems()
+        if self.preset == "paper" and self.retrieval is None and "row_init" not in self.model_fields_set:
             problems.append(
                 "the preset 'paper' starts rows at an embedding of the domain: give row_init the folder of a "
                 "SentenceTransformer (the paper's is GritLM-7B), or write 'anchor' or 'random' to depart from it"
@@ -314,6 +333,20 @@ class DomainJob(_Settings):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _retrieval_problems(self) -> list[str]:
+        if self.kind != "retriever":
+            return (
+                [] if self.retrieval is None else ["retrieval is for the kind 'retriever' only; leave it out"]
+            )
+        fields = type(self).model_fields
+        idle = [name for name in LANGUAGE_FIELDS if getattr(self, name) != fields[name].default]
+        problems = [f"{', '.join(idle)}: not for retrievers; leave them out"] if idle else []
+        if self.statistics.noise is not None:
+            problems.append("statistics.noise is not there for retrievers yet; leave it out")
+        if isinstance(self.held_out, Path):
+            problems.append("held_out must be a share for retrievers")
+        return problems
 
     @classmethod
     def from_file(cls, path: Path | str) -> Self:
@@ -370,6 +403,8 @@ class DomainJob(_Settings):
 
     def card_settings(self) -> dict[str, str | int | float | bool | None]:
         """What the card says about the training: every choice and number, no path."""
+        if self.retrieval is not None:
+            return self._retrieval_card_settings(self.retrieval)
         row_init = self.row_init if self.row_init in ("anchor", "random") else "sentence-transformer"
         settings: dict[str, str | int | float | bool | None] = {
             "alpha": self.alpha or float(self.rank),
@@ -399,6 +434,18 @@ class DomainJob(_Settings):
                 "row_negatives": self.row_negatives,
             }
         return settings
+
+    def _retrieval_card_settings(
+        self, retrieval: RetrievalSettings
+    ) -> dict[str, str | int | float | bool | None]:
+        shared = ("rank", "alpha", "batch_size", "schedule", "weight_decay", "warmup", "grad_clip", "seed")
+        own = retrieval.model_dump(exclude={"targets", "encode_batch"})
+        return {
+            **{name: getattr(self, name) for name in shared},
+            **own,
+            "held_out": float(self.held_out) if not isinstance(self.held_out, Path) else None,
+            "targets": " ".join(retrieval.targets) if retrieval.targets else None,
+        }
 
     def digest(self) -> str:
         """sha256 over every field that the trained expert depends on, apart from the text itself."""

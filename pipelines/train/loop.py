@@ -23,6 +23,7 @@ __all__ = [
     "Accumulate",
     "LoopResult",
     "LoopSettings",
+    "alike",
     "learning_rate_at",
     "one_pass",
     "plan_batches",
@@ -76,13 +77,43 @@ def plan_batches(
     return plan
 
 
+def alike(
+    plan: np.ndarray[Any, np.dtype[np.int64]],
+    lengths: np.ndarray[Any, np.dtype[np.int64]],
+    *,
+    seed: int,
+    together: int = 8,
+) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Exchange windows between steps that are near each other, so that those of a step are of about the same length.
+
+    Args:
+        plan: ``(steps, batch)``.
+        lengths: Of every window.
+        seed: Decides the order of the steps that were sorted.
+        together: Steps that exchange windows.
+
+    Returns:
+        A plan with the same windows in every ``together`` steps.
+    """
+    rng = np.random.default_rng(seed)
+    parts = []
+    for start in range(0, len(plan), together):
+        part = plan[start : start + together]
+        flat = part.ravel()
+        by_length = flat[np.argsort(lengths[flat], kind="stable")].reshape(part.shape)
+        parts.append(by_length[rng.permutation(len(part))])
+    return np.concatenate(parts)
+
+
 def learning_rate_at(step: int, settings: LoopSettings) -> float:
-    """Linear warm-up, then constant or a cosine to a tenth."""
+    """Linear warm-up, then constant, a cosine to a tenth, or a straight line to nothing."""
     if step < settings.warmup:
         return settings.learning_rate * (step + 1) / settings.warmup
     if settings.schedule == "constant":
         return settings.learning_rate
     done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    if settings.schedule == "linear":
+        return settings.learning_rate * (1 - done)
     return settings.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
 
 

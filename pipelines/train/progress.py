@@ -41,6 +41,9 @@ SCALARS = (
     "loss",
     "held_out_nll",
     "anchor_held_out_nll",
+    "queries",
+    "held_out_ndcg10",
+    "base_held_out_ndcg10",
     "resumed_from",
     "cached",
 )

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["SplitDecoder", "StateCache"]
+__all__ = ["Record", "Replay", "Skip", "SplitDecoder", "StateCache"]
 
 
-class _Skip(nn.Module):
+class Skip(nn.Module):
     """Stands in for a decoder layer that is not run: passes the hidden states on.
 
     Attributes that a family's loop reads from its layers (which attention a layer has, say) come from the layer
@@ -25,34 +25,37 @@ class _Skip(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        object.__setattr__(self, "_layer", layer)
+        object.__setattr__(self, "layer", layer)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(object.__getattribute__(self, "_layer"), name)
+            return getattr(object.__getattribute__(self, "layer"), name)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Pass the states on."""
         return hidden_states
 
 
-class _Record(_Skip):
+class Record(Skip):
     """Keeps the hidden states that enter the layer it stands in for."""
 
     states: Tensor | None = None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Keep the states and pass them on."""
         self.states = hidden_states
         return hidden_states
 
 
-class _Replay(_Skip):
+class Replay(Skip):
     """Puts stored hidden states in the place of whatever the layers before it gave."""
 
     states: Tensor | None = None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the stored states."""
         assert self.states is not None
         return self.states
 
@@ -75,9 +78,9 @@ class SplitDecoder:
         parent, _, self._attribute = layers_prefix.rpartition(".")
         self._decoder = model.get_submodule(parent)
         self.layers: list[nn.Module] = list(self._decoder.get_submodule(self._attribute).children())
-        self._record = _Record(self.layers[first])
-        self._replay = _Replay(self.layers[first - 1]) if first else None
-        self._skips = [_Skip(layer) for layer in self.layers]
+        self._record = Record(self.layers[first])
+        self._replay = Replay(self.layers[first - 1]) if first else None
+        self._skips = [Skip(layer) for layer in self.layers]
 
     @contextmanager
     def _only(self, layers: list[nn.Module]) -> Iterator[None]:

@@ -23,12 +23,13 @@ if TYPE_CHECKING:
     from experts.card import TrainingInfo
     from pipelines.train.expert_run import ExpertRun
     from pipelines.train.loop import LoopResult
+    from pipelines.train.retriever_run import RetrieverRun
     from registry import Registry
 
 __all__ = ["check_job", "train_job"]
 
 
-_CARD_METRICS = ("held_out_nll", "anchor_held_out_nll")
+_CARD_METRICS = ("held_out_nll", "anchor_held_out_nll", "held_out_ndcg10", "base_held_out_ndcg10")
 
 
 class _Reporter:
@@ -98,13 +99,19 @@ def train_job(
         base = base or stack.enter_context(resolve_base(job.base, registry=registry))
         check_job(job, base=base, version=version, out=out)
         stack.enter_context(_threads(threads))
-        run = _train(job, base=base, report=report)
+        run = _train(job, base=base, report=report) if job.retrieval is None else _retrieve(job, base, report)
         report("packing", force=True)
         _publish(job, run=run, base=base, version=version, out=out, metrics=report.scalars)
         for checkpoint in job.directory.glob("checkpoint-*.safetensors"):
             checkpoint.unlink()
     report("done", force=True)
     return out
+
+
+def _retrieve(job: DomainJob, base: ResolvedBase, report: _Reporter) -> RetrieverRun:
+    from pipelines.train.retriever_job import train_retriever
+
+    return train_retriever(job, base=base, report=report)
 
 
 @contextmanager
@@ -236,7 +243,7 @@ def _training_info(job: DomainJob) -> TrainingInfo:
     rate = job.learning_rate or get_trainer(job.kind).default_learning_rate
     return TrainingInfo(
         method=f"{job.kind}-coordinated" if job.coordination.enabled else job.kind,
-        tokens=job.steps * job.batch_size * job.sequence_length,
+        tokens=None if job.retrieval else job.steps * job.batch_size * job.sequence_length,
         steps=job.steps,
         settings=job.card_settings() | {"learning_rate": rate},
         data_statement=job.data_statement,
@@ -248,13 +255,16 @@ def check_job(job: DomainJob, *, base: ResolvedBase, version: int, out: Path) ->
 
     Raises:
         CoterieError: ``out`` exists.
+        AdmissionError: The kind of expert is not made for such a base.
         ManifestError: The base does not have the job's layers, or not the statistics that noise needs.
         CardError: A field that the card refuses; it is tried with a made-up file.
     """
     from experts.card import ExpertCard, FileEntry
+    from experts.kinds import get_kind
 
     if out.exists():
         raise CoterieError(f"'{out}' exists already. Choose another folder for {job.name}, or remove it.")
+    get_kind(job.kind).check_base(base.description)
     layers = job.layer_numbers(base.description.num_layers)
     check_public_statistics(job, base.routing_info, layer=layers[0])
     ExpertCard.create(
@@ -278,7 +288,7 @@ def check_job(job: DomainJob, *, base: ResolvedBase, version: int, out: Path) ->
 def _publish(
     job: DomainJob,
     *,
-    run: ExpertRun,
+    run: ExpertRun | RetrieverRun,
     base: ResolvedBase,
     version: int,
     out: Path,

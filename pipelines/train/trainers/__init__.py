@@ -19,6 +19,7 @@ TRAINERS = PluginTable(
     {
         "ffn": "pipelines.train.trainers.ffn:FullFFNTrainer",
         "lora": "pipelines.train.trainers.lora:LowRankFFNTrainer",
+        "retriever": "pipelines.train.trainers.retriever:RetrieverTrainer",
     },
 )
 """Trainers by the kind of expert they write; third parties add rows through the group ``coterie.trainers``."""

@@ -33,6 +33,8 @@ class WriteContext:
     layers_prefix: str
     layers: Sequence[int]
     dtype: torch.dtype
+    targets: Sequence[str] | None = None
+    """Ends of the linears' names, where the last part alone would name others too."""
 
 
 class ExpertTrainer(ABC):

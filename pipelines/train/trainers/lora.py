@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from pipelines.train.trainers.base import ExpertTrainer, TrainableLinear, WriteContext
 
-__all__ = ["LowRankFFNTrainer", "LowRankLinear"]
+__all__ = ["LowRankFFNTrainer", "LowRankLinear", "LowRankTrainer"]
 
 
 @final
@@ -33,12 +33,22 @@ class LowRankLinear(TrainableLinear):
         rank: r of A ``(r, in_features)`` and B ``(out_features, r)``.
         scale: Factor of the low-rank term.
         generator: Draws A as PEFT does (Kaiming uniform with a = sqrt 5); B starts at zero.
+        dropout: On the input of the low-rank term, in training mode.
     """
 
-    def __init__(self, linear: nn.Linear, *, rank: int, scale: float, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        linear: nn.Linear,
+        *,
+        rank: int,
+        scale: float,
+        generator: torch.Generator,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         self.base = linear
         self.scale = scale
+        self.dropout = dropout
         bound = 1 / math.sqrt(linear.in_features)
         start = torch.rand(rank, linear.in_features, generator=generator) * (2 * bound) - bound
         self.lora_a = nn.Parameter(start)
@@ -46,21 +56,21 @@ class LowRankLinear(TrainableLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in_features)`` to ``(..., out_features)``."""
-        low = F.linear(x, self.lora_a.to(x.dtype))
+        kept = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        low = F.linear(kept, self.lora_a.to(x.dtype))
         full: Tensor = self.base(x)
         return full + self.scale * F.linear(low, self.lora_b.to(x.dtype))
 
 
-@final
-class LowRankFFNTrainer(ExpertTrainer):
-    """Trains A and B of every FFN linear of the declared layers."""
+class LowRankTrainer(ExpertTrainer):
+    """Trains A and B of the linears it is given, and writes them as PEFT does."""
 
-    kind: ClassVar[str] = "lora"
-    default_learning_rate: ClassVar[float] = 2e-3
+    dropout: float = 0.0
 
     def wrap(self, linear: nn.Linear, *, generator: torch.Generator) -> TrainableLinear:
         """A low-rank stand-in; B = 0, so that it starts as the anchor."""
-        return LowRankLinear(linear, rank=self.rank, scale=self.alpha / self.rank, generator=generator)
+        scale = self.alpha / self.rank
+        return LowRankLinear(linear, rank=self.rank, scale=scale, generator=generator, dropout=self.dropout)
 
     def write(self, folder: Path, linears: Mapping[str, TrainableLinear], *, context: WriteContext) -> None:
         """``adapter_config.json`` and ``adapter_model.safetensors`` that PEFT alone loads."""
@@ -70,11 +80,12 @@ class LowRankFFNTrainer(ExpertTrainer):
             tensors[f"base_model.model.{name}.lora_A.weight"] = linear.lora_a.detach().to(context.dtype)
             tensors[f"base_model.model.{name}.lora_B.weight"] = linear.lora_b.detach().to(context.dtype)
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = self._config(sorted({name.rpartition(".")[2] for name in linears}), context=context)
+        targets = context.targets or {name.rpartition(".")[2] for name in linears}
+        config = self.config(sorted(targets), context=context)
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
-    def _config(self, targets: list[str], *, context: WriteContext) -> dict[str, object]:
-        """PEFT's own fields; written here because a sorted file has the same bytes at every run."""
+    def config(self, targets: list[str], *, context: WriteContext) -> dict[str, object]:
+        """Return PEFT's own fields; written here because a sorted file has the same bytes at every run."""
         return {
             "base_model_name_or_path": context.base_name,
             "bias": "none",
@@ -91,3 +102,11 @@ class LowRankFFNTrainer(ExpertTrainer):
             "use_dora": False,
             "use_rslora": False,
         }
+
+
+@final
+class LowRankFFNTrainer(LowRankTrainer):
+    """Trains A and B of every FFN linear of the declared layers."""
+
+    kind: ClassVar[str] = "lora"
+    default_learning_rate: ClassVar[float] = 2e-3

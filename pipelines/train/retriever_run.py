@@ -1,0 +1,305 @@
+"""One retriever in the making: documents embedded once, adapters on the query side, measures, what is published.
+
+Knows the job, the base and the pairs; knows nothing of processes or reports.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+from torch.nn import functional as F
+
+from experts.errors import ManifestError
+from experts.files import write_atomic
+from experts.names import unknown_name
+from experts.retrieval_artifacts import Moments, Pilot, RetrievalArtifacts
+from experts.routing_artifacts import RoutingArtifacts, RoutingInfo
+from pipelines.retrieval.metrics import ndcg, rank
+from pipelines.train.anchor import ResolvedBase
+from pipelines.train.job import DomainJob
+from pipelines.train.loop import LoopResult, LoopSettings, alike, plan_batches
+from pipelines.train.pairs import DomainSplit, read_domain, split_domain
+from pipelines.train.query_encoder import QueryStates, RetrievalBase, mean_state
+from pipelines.train.retriever_loop import PairTable, RankingLoss, train_queries
+from pipelines.train.trainers.base import TrainableLinear, WriteContext
+from pipelines.train.trainers.retriever import RetrieverTrainer
+
+__all__ = ["RetrieverRun"]
+
+_TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_DEFAULT_TARGETS = ("query", "value", "intermediate.dense", "attn.q", "attn.v")
+"""Query, value and the FFN's first linear, as BERT's and MPNet's families call them."""
+_DEPTH = 10
+_RANKED = 50
+
+
+class RetrieverRun:
+    """Training state of one retriever; the methods are called in the order in which they stand.
+
+    Args:
+        job: What to train, of kind ``retriever``.
+        base: The embedding model.
+    """
+
+    def __init__(self, job: DomainJob, *, base: ResolvedBase) -> None:
+        assert job.retrieval is not None
+        self.job = job
+        self.settings = job.retrieval
+        self.base = base
+        self.layers = job.layer_numbers(base.description.num_layers)
+        self.domain = read_domain(job.data, pairs=self.settings.pairs)
+        test = job.held_out
+        assert isinstance(test, float)
+        self.split: DomainSplit = split_domain(self.domain, test=test, label=self.settings.label)
+        self.model = RetrievalBase(base.folder, description=base.description, first=self.layers[0])
+        self.trainer = RetrieverTrainer(rank=job.rank, alpha=job.alpha or float(job.rank))
+        self.trainer.dropout = self.settings.dropout
+        self.spec = self.model.spec
+        self._targets = self._chosen_targets()
+        self._order = [*self.split.train, *self.split.label, *self.split.test]
+        self._row = {query: row for row, query in enumerate(self._order)}
+        self._states = QueryStates(base.description.hidden_size)
+        self._embeddings: list[Tensor] = []
+        self._mean_states: list[Tensor] = []
+        self._documents = torch.empty(0)
+        self._linears: dict[str, TrainableLinear] = {}
+
+    def _chosen_targets(self) -> dict[str, list[str]]:
+        """Each target to the linears of the job's layers that it names."""
+        linears = [
+            name
+            for name in self.base.description.layer_linears()
+            if self.base.description.layer_of(name) in self.layers
+        ]
+        wanted = self.settings.targets or _DEFAULT_TARGETS
+        found = {target: [name for name in linears if name.endswith(f".{target}")] for target in wanted}
+        missing = [target for target, names in found.items() if not names]
+        if missing and (self.settings.targets or len(missing) == len(found)):
+            prefix = f"{self.base.description.layers_prefix}.{self.layers[0]}."
+            known = [name.removeprefix(prefix) for name in linears if name.startswith(prefix)]
+            raise unknown_name("target", missing[0], known)
+        return {target: names for target, names in found.items() if names}
+
+    @property
+    def documents(self) -> int:
+        """Documents of the domain."""
+        return len(self.domain.documents)
+
+    def embed_documents(self) -> None:
+        """Embed every document with the frozen base, once; kept in the owner's folder for the next job on them."""
+        key = json.dumps([self.base.ref.model_dump(mode="json"), self.domain.documents])
+        path = self.job.directory / f"documents-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+        if path.is_file():
+            self._documents = self._comparable(load_file(path)["documents"])
+            return
+        size = self.settings.encode_batch
+        documents = self.model.embed_documents(self.domain.documents, batch_size=size)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, save({"documents": documents}))
+        path.chmod(0o600)
+        self._documents = self._comparable(documents)
+
+    def _comparable(self, vectors: Tensor) -> Tensor:
+        """Vectors whose products are the base's similarities."""
+        return F.normalize(vectors, dim=1) if self.spec.similarity == "cosine" else vectors
+
+    @torch.no_grad()
+    def prepare_states(self) -> Iterator[int]:
+        """Run every query through the lower layers once, and through the base's upper ones; yields queries done."""
+        size = self.settings.encode_batch
+        by_length = sorted(
+            range(len(self._order)), key=lambda row: len(self.domain.queries[self._order[row]])
+        )
+        kept: dict[int, tuple[Tensor, Tensor]] = {}
+        embeddings: dict[int, Tensor] = {}
+        means: dict[int, Tensor] = {}
+        for start in range(0, len(by_length), size):
+            rows = by_length[start : start + size]
+            features = self.model.tokenize([self.domain.queries[self._order[row]] for row in rows])
+            mask, states = features["attention_mask"], self.model.lower(features)
+            pooled = self.model.pool(self.model.upper(states, mask), mask)
+            mean = mean_state(states, mask)
+            for position, row in enumerate(rows):
+                kept[row] = (states[position : position + 1], mask[position : position + 1])
+                embeddings[row], means[row] = pooled[position], mean[position]
+            yield min(start + size, len(by_length))
+        for row in range(len(self._order)):
+            self._states.extend(*kept.pop(row))
+            self._embeddings.append(embeddings[row])
+            self._mean_states.append(means[row])
+
+    def base_ndcg(self) -> float | None:
+        """nDCG@10 of the base on the held-out queries, against all the domain's documents; None without any."""
+        return self._ndcg(lambda rows: torch.stack([self._embeddings[row] for row in rows]))
+
+    def attach(self) -> None:
+        """Put the trainable linears into the encoder."""
+        generator = torch.Generator().manual_seed(self.job.seed)
+        for name in sorted({name for names in self._targets.values() for name in names}):
+            linear = self.model.encoder.get_submodule(name)
+            assert isinstance(linear, torch.nn.Linear)
+            self._linears[name] = self.trainer.wrap(linear, generator=generator)
+            self.model.encoder.set_submodule(name, self._linears[name])
+
+    def train(self, *, checkpoint: Path, on_step: Callable[[int, float, float], None]) -> LoopResult:
+        """Train the adapters; see `pipelines.train.retriever_loop.train_queries`."""
+        job, settings = self.job, self.settings
+        pairs = self._pairs()
+        documents = self._documents[torch.tensor(self.split.negatives)]
+        plan = plan_batches(
+            steps=job.steps,
+            batch_size=job.batch_size,
+            own=len(pairs.queries),
+            public=0,
+            public_fraction=0.0,
+            seed=job.seed,
+        )
+        if settings.negatives == "domain":  # who else is in the batch plays no part then
+            lengths = np.array([self._states.length(query) for query in pairs.queries])
+            plan = alike(plan, lengths, seed=job.seed)
+        with tempfile.TemporaryDirectory(dir=job.directory, prefix=".trainer-") as scratch:
+            return train_queries(
+                self.model,
+                self._states,
+                list(self._linears.values()),
+                loss_of=lambda model: RankingLoss(
+                    model,
+                    documents,
+                    pairs,
+                    temperature=settings.temperature,
+                    cosine=self.spec.similarity == "cosine",
+                    whole=settings.negatives == "domain",
+                ),
+                pairs=pairs,
+                plan=plan,
+                settings=self.loop_settings,
+                seed=job.seed,
+                checkpoint=checkpoint,
+                scratch=Path(scratch),
+                on_step=on_step,
+            )
+
+    @property
+    def loop_settings(self) -> LoopSettings:
+        """The numbers of the loop, as in the job."""
+        job = self.job
+        return LoopSettings(
+            steps=job.steps,
+            learning_rate=job.learning_rate or self.trainer.default_learning_rate,
+            weight_decay=job.weight_decay,
+            warmup=job.warmup,
+            grad_clip=job.grad_clip,
+            checkpoint_every=job.checkpoint_every,
+            schedule=job.schedule,
+        )
+
+    def _pairs(self) -> PairTable:
+        """The training pairs, in numbers of stored states and of the documents that training may see."""
+        place = {document: row for row, document in enumerate(self.split.negatives)}
+        answers = {
+            self._row[query]: [place[document] for document in documents]
+            for query, documents in self.split.train.items()
+        }
+        asked = [(query, document) for query, documents in answers.items() for document in documents]
+        hard = None
+        if self.settings.negatives == "batch" and self.settings.hard_negatives:
+            hard = self._hard_negatives(answers)
+        return PairTable(
+            queries=np.array([query for query, _ in asked], dtype=np.int64),
+            documents=np.array([document for _, document in asked], dtype=np.int64),
+            answers=answers,
+            hard=hard,
+        )
+
+    def _hard_negatives(
+        self, answers: Mapping[int, list[int]]
+    ) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+        """For each training query the documents that the base ranks highest among those that do not answer it."""
+        count = self.settings.hard_negatives
+        documents = self._documents[torch.tensor(self.split.negatives)]
+        if len(documents) <= count + max(map(len, answers.values())):
+            raise ManifestError(
+                f"retrieval.hard_negatives is {count}, and the domain has only {len(documents)} training documents."
+            )
+        scores = self._comparable(torch.stack([self._embeddings[row] for row in answers])) @ documents.T
+        for position, rows in enumerate(answers.values()):
+            scores[position, rows] = -torch.inf
+        return scores.topk(count, dim=1).indices.numpy()
+
+    @torch.no_grad()
+    def held_out_ndcg(self) -> float | None:
+        """nDCG@10 with the adapters as they are now; None without held-out queries."""
+        for linear in self._linears.values():
+            linear.eval()
+        return self._ndcg(self._embed)
+
+    def _embed(self, rows: list[int]) -> Tensor:
+        states, mask = self._states.batch(rows)
+        return self.model.pool(self.model.upper(states, mask), mask)
+
+    def _ndcg(self, embed: Callable[[list[int]], Tensor]) -> float | None:
+        if not self.split.test:
+            return None
+        queries, size = list(self.split.test), self.settings.encode_batch
+        scores: list[float] = []
+        for start in range(0, len(queries), size):
+            part = queries[start : start + size]
+            found = self._comparable(embed([self._row[query] for query in part])) @ self._documents.T
+            best = found.topk(min(_RANKED, self.documents), dim=1)
+            for query, values, numbers in zip(part, best.values, best.indices, strict=True):
+                ranking = rank(
+                    {f"{n:09d}": v for n, v in zip(numbers.tolist(), values.tolist(), strict=True)}, _DEPTH
+                )
+                judged = {f"{n:09d}": grade for n, grade in self.domain.judgements[query].items()}
+                scores.append(ndcg(ranking, judged, k=_DEPTH))
+        return float(np.mean(scores))
+
+    def write(self, folder: Path) -> RoutingInfo | None:
+        """Write the adapter and its routing artefacts into an empty folder."""
+        context = WriteContext(
+            base_name=self.base.ref.name,
+            layers_prefix=self.base.description.layers_prefix,
+            layers=self.layers,
+            dtype=_TORCH_DTYPES[self.base.description.dtype],
+            targets=tuple(self._targets),
+        )
+        self.trainer.write(folder, self._linears, context=context)
+        artifacts = self.artifacts()
+        if artifacts is None:
+            return None
+        info = RoutingInfo(retrieval=artifacts.info)
+        RoutingArtifacts(info=info, tensors=artifacts.tensors()).save(folder)
+        return info
+
+    def artifacts(self) -> RetrievalArtifacts | None:
+        """Sums over the queries of training and labels, and the training queries' mean; never of held-out ones."""
+        own = len(self.split.train) + len(self.split.label)
+        settings, spec = self.settings, self.spec
+        if not self.job.statistics.enabled or own < settings.min_group:
+            return None
+        vectors = torch.stack(self._embeddings[:own]).double().numpy()
+        second = settings.second_moment == "always" or (
+            settings.second_moment == "auto" and own >= 2 * spec.dimension
+        )
+        states = torch.stack(self._mean_states[:own]).double().numpy()
+        pilot = Pilot(
+            expert=self.job.name,
+            queries=len(self.split.train),
+            vector=vectors[: len(self.split.train)].mean(axis=0),
+        )
+        return RetrievalArtifacts.create(
+            embedding=Moments.from_vectors(vectors, second_moment=second),
+            normalization="l2" if spec.normalize else "none",
+            min_group=settings.min_group,
+            state=Moments.from_vectors(states, second_moment=second) if settings.state_statistics else None,
+            state_layer=self.layers[0] if settings.state_statistics else None,
+            pilots=[pilot] if settings.pilot else [],
+        )
