@@ -29,7 +29,7 @@ class CoterieTextEmbedder:
         self.model = model
         self.opt_out = tuple(sorted(opt_out))
 
-    @component.output_types(embedding=list[float])
+    @component.output_types(embedding=list[float])  # type: ignore[untyped-decorator]
     def run(self, text: str) -> dict[str, Any]:
         """Return ``embedding``, a list of floats."""
         options = {"opt_out": self.opt_out} if self.opt_out else {}
@@ -47,7 +47,7 @@ class CoterieDocumentEmbedder:
     def __init__(self, model: Any) -> None:
         self.model = model
 
-    @component.output_types(documents=list[Document])
+    @component.output_types(documents=list[Document])  # type: ignore[untyped-decorator]
     def run(self, documents: list[Document]) -> dict[str, Any]:
         """Return ``documents``: the same with their embeddings."""
         if not documents:
