@@ -22,6 +22,7 @@ from composer.members import BASE_FOLDER
 from composer.planning import Plan, plan
 from composer.source import FolderSource, Source
 from composer.swap import replacing
+from composer.upcycling.growth import NewRows, growth_problems, keep_tuning
 from experts.card import CARD_FILE
 from experts.errors import BuildError, CoterieError, PlanError
 from experts.files import capped
@@ -46,6 +47,7 @@ class Change:
         removed: References of the experts that leave.
         warnings: What the user should know, the plan's warnings included.
         source: Where names, cards and files come from.
+        new_rows: What the new experts' router rows start from where tuned weights stay; None: they do not.
     """
 
     folder: Path
@@ -56,6 +58,7 @@ class Change:
     removed: tuple[str, ...]
     warnings: tuple[str, ...]
     source: EditSource
+    new_rows: NewRows | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for printing and ``--json``."""
@@ -70,7 +73,13 @@ class Change:
 
 
 def add_experts(
-    folder: Path | str, references: Sequence[str], *, registry: Source, copy: bool = False
+    folder: Path | str,
+    references: Sequence[str],
+    *,
+    registry: Source,
+    copy: bool = False,
+    prompts: Sequence[str] = (),
+    new_rows: NewRows | None = None,
 ) -> Change:
     """Add experts to a composed folder; another version of an expert that is there takes its place.
 
@@ -82,6 +91,9 @@ def add_experts(
         references: ``owner/expert``, ``owner/expert@3`` or ``owner/expert@sha256:<card digest>``.
         registry: Where they are.
         copy: Whether the new files are copied instead of linked.
+        prompts: Texts of the new experts' domain, where the router is made of prompts.
+        new_rows: Keep what was tuned, and start the new experts' router rows from this; None: tuned weights are
+            dropped, since a fresh build has none.
 
     Returns:
         What was changed.
@@ -92,7 +104,7 @@ def add_experts(
         BuildError: The folder is not a composed one, holds other files too, or cannot be written.
         IntegrityError: A file is missing. In every case the folder is as it was.
     """
-    change = plan_change(folder, add=references, registry=registry)
+    change = plan_change(folder, add=references, registry=registry, prompts=prompts, new_rows=new_rows)
     apply_change(change, copy=copy)
     return change
 
@@ -124,6 +136,8 @@ def plan_change(
     add: Sequence[str] = (),
     remove: Sequence[str] = (),
     registry: Source | None = None,
+    prompts: Sequence[str] = (),
+    new_rows: NewRows | None = None,
 ) -> Change:
     """Say what adding and removing would give; nothing is written.
 
@@ -132,6 +146,8 @@ def plan_change(
         add: References to experts of ``registry``.
         remove: Owners or experts in the folder.
         registry: Needed where ``add`` is not empty.
+        prompts: See `add_experts`.
+        new_rows: See `add_experts`.
 
     Raises:
         PlanError: Everything that stands in the way, at once.
@@ -146,7 +162,11 @@ def plan_change(
     kept = {expert.name: f"{expert.name}@{expert.version}" for expert in own.lock.experts}
     _check_members(path, kept, out, new)
     source = EditSource(own, registry if add else None, new)
-    planned = plan(_changed(manifest, set(kept) - out, new), source)
+    planned = plan(_changed(manifest, set(kept) - out, new, prompts), source)
+    if new_rows is not None:
+        problems = growth_problems(own.lock, new_rows, replaced=set(new) & set(kept), removed=out)
+        if problems:
+            raise PlanError(f"{path} cannot be changed:", problems=problems)
     return Change(
         folder=path,
         before=own.lock,
@@ -154,8 +174,9 @@ def plan_change(
         added=tuple(record.ref for name, (_, record) in sorted(new.items()) if name not in kept),
         replaced={kept[name]: record.ref for name, (_, record) in sorted(new.items()) if name in kept},
         removed=tuple(kept[name] for name in sorted(out)),
-        warnings=(*planned.warnings, *_warnings(own, registry if add else None)),
+        warnings=(*planned.warnings, *_warnings(own, registry if add else None, kept=new_rows is not None)),
         source=source,
+        new_rows=new_rows,
     )
 
 
@@ -179,8 +200,11 @@ def apply_change(change: Change, *, copy: bool = False, progress: Progress | Non
         source = change.source
         if copy:
             source = source.copied_to(made.with_name(f"{made.name}.copies"))
-        build(change.plan, made, registry=source, progress=progress)
-        _check_nothing_lost(change, made)
+        plain = made if change.new_rows is None else made.with_name(f"{made.name}.plain")
+        build(change.plan, plain, registry=source, progress=progress)
+        _check_nothing_lost(change, plain)
+        if change.new_rows is not None:
+            keep_tuning(change.folder, plain, made, new_rows=change.new_rows)
     return change.folder
 
 
@@ -208,7 +232,7 @@ def _check_members(folder: Path, there: Collection[str], out: Collection[str], n
         )
 
 
-def _changed(manifest: Manifest, staying: Collection[str], new: Joining) -> Manifest:
+def _changed(manifest: Manifest, staying: Collection[str], new: Joining, prompts: Sequence[str]) -> Manifest:
     """Return the manifest with its experts by name: the order must not depend on the way that led to it.
 
     What is neither in the folder nor under ``opt_out`` is not listed any more: a folder that a model was saved to
@@ -223,17 +247,16 @@ def _changed(manifest: Manifest, staying: Collection[str], new: Joining) -> Mani
     }
     for name, (reference, _) in new.items():
         entry = entries.get(name)
-        entries[name] = (
-            ExpertEntry(ref=reference) if entry is None else entry.model_copy(update={"ref": reference})
-        )
+        entry = ExpertEntry(ref=reference) if entry is None else entry.model_copy(update={"ref": reference})
+        entries[name] = entry.model_copy(update={"positive_prompts": tuple(prompts)}) if prompts else entry
     upcycle = manifest.upcycle and manifest.upcycle.without(listed - set(entries))
     experts = tuple(entry for _, entry in sorted(entries.items()))
     return manifest.model_copy(update={"experts": experts, "upcycle": upcycle})
 
 
-def _warnings(own: FolderSource, registry: Source | None) -> list[str]:
+def _warnings(own: FolderSource, registry: Source | None, *, kept: bool) -> list[str]:
     """Say that a tuning is lost, and where a fresh build would differ because something public is newer there."""
-    if own.lock.tuned is not None:
+    if own.lock.tuned is not None and not kept:
         tuned = "The folder was tuned; the changed one has the weights from before. Tune it again."
         return [tuned, *_newer(own, registry)]
     return _newer(own, registry)

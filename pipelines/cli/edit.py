@@ -5,7 +5,7 @@ Knows how to print a change; what it is made of is the composer's business.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, TypeAlias, cast
 
 import typer
 
@@ -23,12 +23,14 @@ from pipelines.cli.progress import byte_bar
 
 if TYPE_CHECKING:
     from composer.editing import Change
+    from composer.upcycling.growth import NewRows
 
 __all__ = ["ADD_EXAMPLES", "REMOVE_EXAMPLES", "add_to_folder", "remove_from_folder"]
 
 ADD_EXAMPLES = examples(
     "coterie add composed acme/contracts",
     "coterie add composed acme/contracts@2 --dry-run",
+    "coterie add tuned acme/contracts --new-rows embedding",
 )
 REMOVE_EXAMPLES = examples(
     "coterie remove composed acme", "coterie remove composed acme/contracts bob --json"
@@ -54,6 +56,19 @@ def add_to_folder(
     copy: Annotated[
         bool, typer.Option("--copy", help="Copy the new experts' files instead of linking them.")
     ] = False,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--prompt", help="A text of the new experts' domain, for a router made of prompts; repeatable."
+        ),
+    ] = None,
+    new_rows: Annotated[
+        str | None,
+        typer.Option(
+            "--new-rows",
+            help="Keep tuned weights; new router rows start from: untuned, embedding or statistics.",
+        ),
+    ] = None,
     dry_run: DryRunOption = False,
     registry: RegistryOption = None,
     as_json: JsonOption = False,
@@ -65,7 +80,13 @@ def add_to_folder(
     """
     from composer.editing import plan_change
 
-    change = plan_change(out, add=references, registry=open_registry(context, registry))
+    change = plan_change(
+        out,
+        add=references,
+        registry=open_registry(context, registry),
+        prompts=prompt or (),
+        new_rows=cast("NewRows | None", new_rows),  # checked by the plan
+    )
     _apply(change, dry_run=dry_run, copy=copy, as_json=as_json)
 
 

@@ -1,0 +1,209 @@
+"""Adds experts to a composition that was tuned, and keeps what was tuned: only the new experts' router rows are new.
+
+Knows tuned tensors by name and rows by expert. What a row starts from is the artefacts' or the untuned router's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from composer.lock import TUNED_FOLDER, Lock
+from experts.names import unknown_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from composer.members import Members
+    from composer.model import ComposedForCausalLM
+
+__all__ = ["NEW_ROWS", "NewRows", "growth_problems", "keep_tuning", "projected_row"]
+
+NewRows = Literal["untuned", "embedding", "statistics"]
+"""What a new expert's router row starts from where the others' rows were tuned. ``untuned``: what the composition's own
+router gives it, from its prompts or a seed; ``embedding``: the others' tuned rows, by likeness of the published domain
+embeddings; ``statistics``: the published sums of the router's inputs."""
+NEW_ROWS: tuple[NewRows, ...] = get_args(NewRows)
+
+_ROWS = ".router.scorer.rows"
+
+
+def growth_problems(
+    lock: Lock, new_rows: str, *, replaced: Collection[str], removed: Collection[str]
+) -> list[str]:
+    """Say why experts cannot be added beside tuned weights; empty when they can."""
+    if new_rows not in NEW_ROWS:
+        return [str(unknown_name("start of new rows", new_rows, NEW_ROWS))]
+    if lock.tuned is None:
+        return ["the folder was not tuned, so there is nothing to keep; add without `--new-rows`"]
+    found = []
+    if lock.tuned.trained == "all":
+        found.append(
+            "everything was tuned, the experts too, and a new expert has no tuned weights; add without `--new-rows` "
+            "and tune again"
+        )
+    if replaced or removed:
+        found.append(
+            f"{', '.join(sorted({*replaced, *removed}))}: tuned weights hold this expert; only new ones can be added "
+            "beside them"
+        )
+    return found
+
+
+def keep_tuning(before: Path, plain: Path, out: Path, *, new_rows: NewRows) -> Path:
+    """Write a composition with a tuned one's weights.
+
+    Args:
+        before: The tuned folder.
+        plain: The same composition with more experts, untuned.
+        out: What is written; must not exist.
+        new_rows: What new rows start from.
+
+    Raises:
+        BuildError: ``out`` cannot be written, or artefacts that ``new_rows`` needs are missing.
+    """
+    import torch
+
+    from composer.loading import load
+    from composer.members import Members
+    from composer.tuned import write_tuned
+
+    old, new = Lock.read(before), Lock.read(plain)
+    assert old.tuned is not None, "growth_problems() was empty"
+    model = load(plain)
+    parameters = dict(model.named_parameters())
+    joined = [expert.name for expert in new.experts if expert.name not in {e.name for e in old.experts}]
+    members = Members.open(plain, new, without=())
+    dtype = torch.float32
+    for name, tensor in _tuned(before, old):
+        dtype = tensor.dtype
+        target = parameters[name]
+        if name.endswith(_ROWS):
+            tensor = _grown(name, tensor, model, old, members, joined, new_rows)
+        with torch.no_grad():
+            target.copy_(tensor)
+    return write_tuned(
+        model,
+        out,
+        trained=old.tuned.trained,
+        text_owners=old.tuned.text_owners,
+        settings=old.tuned.settings,
+        dtype=dtype,
+    )
+
+
+def _tuned(folder: Path, lock: Lock) -> list[tuple[str, Tensor]]:
+    from safetensors.torch import load_file
+
+    assert lock.tuned is not None
+    files = [folder / TUNED_FOLDER / entry.path for entry in lock.tuned.files]
+    return [item for path in files for item in load_file(path).items()]
+
+
+def _grown(
+    name: str,
+    tuned: Tensor,
+    model: ComposedForCausalLM,
+    old: Lock,
+    members: Members,
+    joined: Sequence[str],
+    new_rows: NewRows,
+) -> Tensor:
+    """Return one router's rows ``(n, d)``: the tuned ones by expert, and new ones."""
+    import torch
+
+    scorer: Any = model.get_submodule(name.removesuffix(".rows"))
+    ids = {expert: number for number, expert in enumerate(model.expert_names, start=1)}
+    with_anchor = 0 in scorer.position
+    before = (["anchor"] if with_anchor else []) + [expert.name for expert in old.experts]
+    known = dict(zip(before, tuned.float(), strict=True))
+    rows: Tensor = scorer.rows.detach().float().clone()
+    for expert, row in known.items():
+        rows[scorer.position[0 if expert == "anchor" else ids[expert]]] = row
+    for expert in joined:
+        if new_rows == "embedding":
+            rows[scorer.position[ids[expert]]] = torch.from_numpy(_by_embedding(members, known, expert))
+        elif new_rows == "statistics":
+            rows[scorer.position[ids[expert]]] = torch.from_numpy(
+                _by_statistics(members, name, known, expert)
+            )
+    return rows
+
+
+def projected_row(embeddings: Any, rows: Any, new: Any, *, ridge: float = 0.1) -> Any:
+    """Project a domain embedding to a router row, by the linear map that best turns known embeddings into their rows.
+
+    ``W = argmin sum_i |W d_i - r_i|^2 + ridge |W|^2`` with unit ``d_i``, so ``r = W d_new = sum_i a_i r_i`` with
+    ``a = (D D^T + ridge I)^-1 D d_new``: Nexus's projection of domain embeddings (arXiv 2408.15901), linear and solved
+    in closed form instead of trained.
+
+    Args:
+        embeddings: ``(n, m)``, of the experts with rows.
+        rows: ``(n, d)``.
+        new: ``(m,)``.
+        ridge: Strength of the penalty.
+
+    Returns:
+        float64 ``(d,)``.
+    """
+    import numpy as np
+
+    known = np.asarray(embeddings, dtype=np.float64)
+    known = known / np.linalg.norm(known, axis=1, keepdims=True)
+    wanted = np.asarray(new, dtype=np.float64)
+    wanted = wanted / np.linalg.norm(wanted)
+    shares = np.linalg.solve(known @ known.T + ridge * np.eye(len(known)), known @ wanted)
+    return shares @ np.asarray(rows, dtype=np.float64)
+
+
+def _by_embedding(members: Members, known: Mapping[str, Tensor], expert: str) -> Any:
+    import numpy as np
+
+    found = {member.locked.name: _artifacts(members, member).embedding for member in members.experts}
+    from experts.errors import BuildError
+
+    lacking = sorted(name for name in found if found[name] is None and (name in known or name == expert))
+    if lacking:
+        raise BuildError(
+            f"{', '.join(lacking)} publishes no domain embedding, so no row can be projected from it; use another "
+            f"start of new rows ({', '.join(NEW_ROWS)})."
+        )
+    others = [name for name in known if name in found]
+    row = projected_row(
+        [found[name] for name in others], [known[name].numpy() for name in others], found[expert]
+    )
+    return np.asarray(row, dtype=np.float32)
+
+
+def _by_statistics(members: Members, name: str, known: Mapping[str, Tensor], expert: str) -> Any:
+    """Return the ridge direction of the new class among all, as long as the tuned rows are on average."""
+    import numpy as np
+
+    from composer.routing.scorers.ridge import solve_ridge
+    from experts.errors import BuildError
+
+    layer = members.description.layer_of(name.removeprefix("base."))
+    branch = "attention" if "attn" in name or ".attention." in name else "ffn"
+    classes = {
+        member.locked.name: _artifacts(members, member).inputs(layer or 0, branch)
+        for member in members.experts
+    }
+    lacking = sorted(who for who, sums in classes.items() if sums is None)
+    if lacking:
+        raise BuildError(
+            f"{', '.join(lacking)} publishes no statistics of the inputs of layer {layer}'s {branch} router; use "
+            f"another start of new rows ({', '.join(NEW_ROWS)})."
+        )
+    weights, _ = solve_ridge([sums for sums in classes.values() if sums is not None])
+    direction = weights[list(classes).index(expert)]
+    length = np.mean([float(row.norm()) for who, row in known.items() if who != "anchor"])
+    return (direction / np.linalg.norm(direction) * length).astype(np.float32)
+
+
+def _artifacts(members: Members, member: Any) -> Any:
+    from experts.routing_artifacts import RoutingArtifacts, RoutingInfo
+
+    if member.card.routing is None:
+        return RoutingArtifacts(info=RoutingInfo(), tensors={})
+    return member.routing(members.description.hidden_size)

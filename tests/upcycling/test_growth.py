@@ -1,0 +1,201 @@
+"""Adding an expert to what is there: with its prompts, and beside tuned weights with a new row of three kinds."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from composer.editing import add_experts
+from composer.loading import load
+from composer.lock import Lock
+from composer.tuned import write_tuned
+from composer.upcycling.growth import projected_row
+from experts.errors import BuildError, PlanError
+from experts.routing_artifacts import EmbeddingInfo, RoutingArtifacts, RoutingInfo
+
+FROZEN = {"trunk": "frozen"}
+EMBEDDINGS = {"acme": (1.0, 2.0, 0.0), "bob": (0.0, 1.0, 0.0), "zoe": (3.0, 0.0, 1.0)}
+
+
+@pytest.fixture(scope="module")
+def registry(pico: Any) -> Any:
+    """Three owners' models with domain embeddings and the sums of router inputs."""
+    registry = pico.fresh_dense_library()
+    for seed, (owner, embedding) in enumerate(EMBEDDINGS.items(), start=1):
+        summed = pico.artifacts(seed=seed, layers=range(4), gate_layer=0, inputs=True)
+        info = RoutingInfo(inputs=summed.info.inputs, embedding=EmbeddingInfo(model="x", dim=3))
+        tensors = {name: tensor for name, tensor in summed.tensors.items() if name.startswith("inputs.")}
+        tensors["embedding"] = np.array(embedding, dtype="f4")
+        raw = pico.write_dense(pico.scratch("raw"), seed=seed)
+        artifacts = RoutingArtifacts(info=info, tensors=tensors)
+        registry.register(pico.pack(raw, name=f"{owner}/known", artifacts=artifacts))
+    return registry
+
+
+@pytest.fixture(scope="module")
+def tuned(pico: Any, registry: Any) -> Callable[..., Path]:
+    """A fresh copy of a composition of bob and zoe whose routers, and trunk if asked, were changed."""
+
+    def make(trained: Any = "routers", upcycle: Any = FROZEN) -> Path:
+        manifest = pico.manifest(
+            "dense",
+            recipe="btx",
+            experts=("bob/known", "zoe/known"),
+            upcycle={**upcycle, "seed_expert": False},
+        )
+        model = load(pico.compose(manifest, registry=registry))
+        with torch.no_grad():
+            for layer in model.base.model.layers:
+                layer.mlp.router.scorer.rows.mul_(3.0)
+            model.base.model.norm.weight.mul_(1.5 if trained != "routers" else 1.0)
+        settings = {"trained": trained, "text_owners": [], "settings": {"steps": 3}, "dtype": torch.float32}
+        return write_tuned(model, pico.scratch("tuned"), **settings)
+
+    return lambda *args: Path(
+        shutil.copytree(pico.once(lambda: make(*args), "tuned", *args), pico.scratch("t"))
+    )
+
+
+def _rows(model: Any, layer: int = 2) -> dict[str, torch.Tensor]:
+    scorer = model.base.model.layers[layer].mlp.router.scorer
+    return {name: scorer.rows[scorer.position[i]] for i, name in enumerate(model.expert_names, start=1)}
+
+
+def _grown(folder: Path, registry: Any, new_rows: Any) -> tuple[dict[str, Any], dict[str, Any], Any]:
+    before = _rows(load(folder))
+    add_experts(folder, ["acme/known"], registry=registry, new_rows=new_rows)
+    model = load(folder)
+    return before, _rows(model), model
+
+
+def test_tuned_rows_stay_with_their_experts(tuned: Any, registry: Any, pico: Any) -> None:
+    """acme comes before both by name, so every row moves."""
+    folder = tuned()
+    before, after, model = _grown(folder, registry, "untuned")
+    assert list(after) == ["acme/known", "bob/known", "zoe/known"]
+    assert torch.equal(after["bob/known"], before["bob/known"])
+    assert torch.equal(after["zoe/known"], before["zoe/known"])
+    upcycle = {**FROZEN, "seed_expert": False}
+    fresh = pico.manifest("dense", recipe="btx", experts=tuple(after), upcycle=upcycle)
+    plain = load(pico.compose(fresh, registry=registry))
+    assert torch.equal(after["acme/known"], _rows(plain)["acme/known"])
+    lock = Lock.read(folder)
+    assert lock.tuned is not None
+    assert (lock.optout_class, lock.tuned.owners) == ("retrain", ("acme", "bob", "zoe"))
+    assert (lock.tuned.trained, lock.tuned.settings) == ("routers", {"steps": 3})
+    # leaving anybody out gives the composition from before the tuning
+    ids = pico.prompts()
+    with torch.inference_mode():
+        expected = load(pico.compose(fresh, registry=registry), opt_out={"zoe"})(ids).logits
+        assert torch.equal(load(folder, opt_out={"zoe"})(ids).logits, expected)
+        assert model(ids).logits.isfinite().all()
+
+
+def test_a_tuned_trunk_stays(tuned: Any, registry: Any) -> None:
+    folder = tuned("trunk")
+    expected = load(folder).base.model.norm.weight
+    *_, model = _grown(folder, registry, "untuned")
+    assert torch.equal(model.base.model.norm.weight, expected)
+
+
+def test_a_row_from_the_embedding(tuned: Any, registry: Any) -> None:
+    before, after, _ = _grown(tuned(), registry, "embedding")
+    known = np.array([EMBEDDINGS["bob"], EMBEDDINGS["zoe"]])
+    known /= np.linalg.norm(known, axis=1, keepdims=True)
+    new = np.array(EMBEDDINGS["acme"]) / np.linalg.norm(EMBEDDINGS["acme"])
+    rows = np.stack([before["bob/known"].numpy(), before["zoe/known"].numpy()])
+    # the primal form of the same least squares
+    projection = np.linalg.solve(known.T @ known + 0.1 * np.eye(3), known.T @ rows)
+    np.testing.assert_allclose(after["acme/known"].numpy(), new @ projection, atol=1e-5)
+
+
+def test_the_projection_of_a_known_embedding_is_its_row() -> None:
+    random = np.random.default_rng(0)
+    embeddings, rows = random.normal(size=(4, 9)), random.normal(size=(4, 5))
+    np.testing.assert_allclose(projected_row(embeddings, rows, embeddings[2], ridge=1e-9), rows[2], atol=1e-6)
+
+
+def test_a_row_from_statistics(tuned: Any, registry: Any, pico: Any) -> None:
+    """It points where acme's states are and the others' are not, and is as long as the tuned ones."""
+    before, after, _ = _grown(tuned(), registry, "statistics")
+    row = after["acme/known"].double().numpy()
+    lengths = [float(old.norm()) for old in before.values()]
+    np.testing.assert_allclose(np.linalg.norm(row), np.mean(lengths), rtol=1e-5)
+    means = {
+        seed: pico.artifacts(seed=seed, layers=range(4), gate_layer=0, inputs=True).inputs(2, "ffn").mean
+        for seed in (1, 2, 3)
+    }
+    assert row @ means[1] > max(row @ means[2], row @ means[3])
+
+
+@pytest.mark.parametrize(
+    ("trained", "references", "new_rows", "problem"),
+    [
+        (
+            "routers",
+            ["acme/known"],
+            "embeding",
+            "Unknown start of new rows 'embeding'. Did you mean 'embedding'? Known: embedding, statistics, untuned.",
+        ),
+        (
+            "all",
+            ["acme/known"],
+            "untuned",
+            "everything was tuned, the experts too, and a new expert has no tuned weights; add without `--new-rows` "
+            "and tune again",
+        ),
+    ],
+)
+def test_refusals(
+    tuned: Any, registry: Any, trained: str, references: Any, new_rows: Any, problem: str
+) -> None:
+    folder = tuned(trained)
+    with pytest.raises(PlanError) as caught:
+        add_experts(folder, references, registry=registry, new_rows=new_rows)
+    assert str(caught.value) == f"{folder} cannot be changed:\n  - {problem}"
+
+
+def test_what_is_not_published_is_refused_and_nothing_changes(tuned: Any, registry: Any) -> None:
+    folder = tuned()
+    before = Lock.read(folder)
+    with pytest.raises(BuildError) as caught:
+        add_experts(folder, ["acme/dense"], registry=registry, new_rows="embedding")
+    assert str(caught.value) == (
+        "acme/dense publishes no domain embedding, so no row can be projected from it; use another start of new rows "
+        "(untuned, embedding, statistics)."
+    )
+    assert Lock.read(folder) == before
+
+
+def test_untuned_folders_keep_nothing(pico: Any, folder: Any) -> None:
+    path = Path(shutil.copytree(folder("btx", experts=("bob/dense", "zoe/dense")), pico.scratch("plain")))
+    with pytest.raises(PlanError) as caught:
+        add_experts(path, ["acme/dense"], registry=pico.dense_library(), new_rows="untuned")
+    assert str(caught.value) == (
+        f"{path} cannot be changed:\n"
+        "  - the folder was not tuned, so there is nothing to keep; add without `--new-rows`"
+    )
+
+
+def test_a_new_expert_brings_its_prompts(pico: Any, folder: Any) -> None:
+    settings = {"upcycle": FROZEN, "scorer": "prompts"}
+    path = Path(
+        shutil.copytree(
+            folder("btx", experts=("bob/dense", "zoe/dense"), **settings), pico.scratch("prompted")
+        )
+    )
+    with pytest.raises(PlanError) as caught:
+        add_experts(path, ["acme/dense"], registry=pico.dense_library())
+    assert list(caught.value.problems) == [
+        "acme/dense: scorer 'prompts' needs positive_prompts, some texts of the expert's domain"
+    ]
+    add_experts(path, ["acme/dense"], registry=pico.dense_library(), prompts=[pico.prompt(1)])
+    whole = folder("btx", **settings)
+    assert Lock.read(path).experts == Lock.read(whole).experts
+    assert torch.equal(_rows(load(path))["acme/dense"], _rows(load(whole))["acme/dense"])
