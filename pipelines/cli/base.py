@@ -252,7 +252,8 @@ def public_routing(
     """Attach routing artefacts of public text to a base.
 
     Routers learn from them what belongs to nobody. Statistics are taken of the states entering the first of the
-    layers, where owners take theirs. The newest artefacts count; folders built earlier keep their own.
+    layers, where owners take theirs; beside an embedding model, each text is a query. The newest artefacts count;
+    folders built earlier keep their own.
     """
     store = open_registry(context, registry)
     if (source is None) == (not text):
@@ -280,6 +281,9 @@ def _describe(record: BaseRecord) -> str:
         parts.append(f"statistics of {human_count(statistics.tokens)} tokens at layer {statistics.layer}")
     if record.routing and record.routing.rows:
         parts.append(f"rows for {len(record.routing.rows.layers)} layers")
+    if record.routing and record.routing.retrieval:
+        retrieval = record.routing.retrieval
+        parts.append(f"sums over the embeddings of {human_count(retrieval.queries)} queries")
     if record.routing and record.routing.embedding:
         parts.append(f"the text's embedding by {record.routing.embedding.model}")
     return " and ".join(parts) or "nothing"
@@ -311,13 +315,22 @@ def _compute(
     from pipelines.train import public_routing as compute
     from pipelines.train.anchor import resolve_base
     from pipelines.train.job import parse_layers
+    from pipelines.train.retrieval_routing import query_routing
     from pipelines.train.windows import read_documents
 
     documents = read_documents(text)
-    numbers = parse_layers(layers, num_layers=store.base(name).description.num_layers)
+    described = store.base(name).description
+    numbers = parse_layers(layers, num_layers=described.num_layers)
+    if described.embedding is not None and (rows or embedder is not None):
+        raise CoterieError(
+            f"'{name}' is an embedding model: --rows and --embedder are for language models. Leave them out."
+        )
     with tempfile.TemporaryDirectory(prefix="coterie-routing-") as scratch, writing_to(Path(scratch)):
         out = Path(scratch) / "routing"
         with resolve_base(name, registry=store) as base, spinner("Computing public routing artefacts"):
+            if described.embedding is not None:
+                query_routing(base, documents, out=out, layer=numbers[0], second_moment=True)
+                return _attach(store, name, out)
             compute(
                 base,
                 documents,

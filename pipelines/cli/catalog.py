@@ -149,6 +149,7 @@ def _card_fields(record: ExpertRecord, card: ExpertCard) -> dict[str, object]:
             "name": card.base.name,
             "revision": card.base.revision,
             "fingerprint": card.base.fingerprint,
+            **({"embedding": card.base.embedding.model_dump()} if card.base.embedding else {}),
         },
         "training": {
             "method": card.training.method,

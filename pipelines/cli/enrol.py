@@ -322,12 +322,13 @@ def _with_statistics(
     from experts.routing_artifacts import RoutingInfo
     from pipelines.train import public_routing
     from pipelines.train.anchor import resolve_base
+    from pipelines.train.retrieval_routing import query_routing
     from pipelines.train.routing import INFO_FILE
     from pipelines.train.windows import read_documents
 
     documents = read_documents(text)
     raw = scratch / "raw"
-    kind = detect_kind(path)
+    kind = detect_kind(path, embeds=base.description.embedding is not None)
     shutil.copytree(path.resolve(), raw, copy_function=os.symlink if kind.links_allowed else shutil.copy2)
     public = base.routing.statistics if base.routing else None
     layer = (
@@ -335,14 +336,13 @@ def _with_statistics(
         if public
         else min(kind.layers(kind.read_config(raw / kind.config_file), base.description))
     )
+    out = scratch / "routing"
     with resolve_base(base.name, registry=store) as resolved:
-        made = public_routing(
-            resolved,
-            documents,
-            out=scratch / "routing",
-            layer=layer,
-            normalization=public.normalization if public else "rms",
-        )
+        if kind.embeds:
+            made = query_routing(resolved, documents, out=out, layer=layer)
+        else:
+            normalization = public.normalization if public else "rms"
+            made = public_routing(resolved, documents, out=out, layer=layer, normalization=normalization)
     info = RoutingInfo.model_validate_json((made / INFO_FILE).read_bytes())
     shutil.copyfile(made / info.file, raw / info.file)
     return raw, info

@@ -116,6 +116,34 @@ def _row(outcome: JobOutcome) -> dict[str, Any]:
 
 
 def _print(outcomes: Sequence[JobOutcome]) -> None:
+    retrievers = [outcome for outcome in outcomes if "queries" in outcome.final.scalars]
+    others = [outcome for outcome in outcomes if outcome not in retrievers]
+    if others or not retrievers:
+        _print_language(others)
+    if retrievers:
+        _print_retrievers(retrievers)
+
+
+def _print_retrievers(outcomes: Sequence[JobOutcome]) -> None:
+    measures = ("base_held_out_ndcg10", "held_out_ndcg10")
+    print_table(
+        [
+            (
+                outcome.name,
+                human_count(int(outcome.final.scalars["queries"])),
+                *(f"{scalars[key]:.3f}" if key in scalars else None for key in measures),
+                outcome.folder or f"failed: {outcome.error}",
+            )
+            for outcome in outcomes
+            for scalars in [outcome.final.scalars]
+        ],
+        columns=("RETRIEVER", "QUERIES", "BASE NDCG@10", "NDCG@10", "FOLDER"),
+        empty="No job.",
+        right=("QUERIES", "BASE NDCG@10", "NDCG@10"),
+    )
+
+
+def _print_language(outcomes: Sequence[JobOutcome]) -> None:
     rows = []
     for outcome in outcomes:
         scalars = outcome.final.scalars
