@@ -6,7 +6,7 @@ Knows options and how to print a report; the arithmetic is in ``pipelines.compre
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -147,6 +147,96 @@ def compress(
     _print_linears(done.report)
     _print_domains(done.report)
     _print_summary(done, out)
+
+
+@group.command(
+    "extract",
+    epilog=examples(
+        "coterie expert extract acme/whole --to ffn --out ffn",
+        "coterie expert extract acme/whole --to lora --rank 16 --out small",
+        "coterie expert extract acme/whole --to lora --rank 64 --dry-run --json",
+    ),
+)
+def extract(
+    context: typer.Context,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="EXPERT",
+            help="A whole model: owner/expert, owner/expert@VERSION, or a folder with a card.",
+            autocompletion=complete_expert,
+            show_default=False,
+        ),
+    ],
+    to: Annotated[
+        Literal["ffn", "lora"],
+        typer.Option(
+            "--to",
+            help="What is made of its difference to the anchor: FFNs as they are, or an adapter.",
+            show_default=False,
+        ),
+    ],
+    rank: Annotated[
+        int | None,
+        typer.Option("--rank", min=1, metavar="N", help="Rank of an adapter's matrices.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="The folder to write, ready for 'coterie register'.",
+            file_okay=False,
+            show_default=False,
+        ),
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            "--name",
+            metavar="OWNER/EXPERT",
+            help="Name of the result; by default the model's own with -ffn or -lora behind it.",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report; write nothing.")] = False,
+    registry: RegistryOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make an expert of FFNs or adapters out of a whole fine-tuned model (kind dense).
+
+    An FFN expert takes the model's FFNs as they are; an adapter approximates the difference of every linear to the
+    anchor's (by mergekit). Says what has no place in the expert, attention or norms for instance, as a share of the
+    whole difference's squared norm.
+    """
+    if (out is None) != dry_run:
+        raise OptionError("Give --out DIR to write the expert, or --dry-run only to see what would be lost.")
+    store = open_registry(context, registry)
+
+    from pipelines.compression.extract import extract_expert
+
+    with quiet_transformers(), count_bar("Extracting", unit="tensors") as progress, writing_to(out or Path()):
+        done = extract_expert(
+            source, kind=to, registry=store, rank=rank, out=out, name=name, progress=progress
+        )
+    if as_json:
+        print_json({**done.to_dict(), "out": str(out) if out else None})
+        return
+    print_table(
+        [(row.what, row.tensors, f"{row.share:.2%}") for row in done.left_out],
+        columns=("LEFT OUT", "TENSORS", "OF THE DIFFERENCE"),
+        empty="Everything is taken.",
+        right=("TENSORS", "OF THE DIFFERENCE"),
+    )
+    print_line()
+    print_fields(
+        {
+            "from": f"{done.source.name}@{done.source.version}",
+            "error of what is taken": f"{done.kept_error:.2%} of its difference to the anchor (Frobenius norm)",
+            "error in all": f"{done.relative_error:.2%} of the whole difference",
+            "written": f"{out}: {done.name}@{done.version}, to be registered" if out else "nothing",
+        }
+    )
 
 
 def _plain(done: Compressed, out: Path | None) -> dict[str, object]:

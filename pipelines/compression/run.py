@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pipelines.compression.report import CompressionReport
     from registry import Registry
 
-__all__ = ["Compressed", "compress_expert"]
+__all__ = ["Compressed", "base_of", "check_out", "compress_expert", "find_expert", "target_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,15 +81,15 @@ def compress_expert(
         DataError: A domain does not fill a window.
     """
     rule = parse_rank(rank)
-    card, files = _find(source, registry)
-    target = _target(card, name, registry)
-    _check_out(out)
+    card, files = find_expert(source, registry)
+    target = target_of(card, name, registry)
+    check_out(out)
 
     from pipelines.compression.expert import FullExpert, check_kind, check_owner, compress, write_card
 
     check_kind(card)
     check_owner(card, target[0])
-    with _base(card, registry) as base, tempfile.TemporaryDirectory(prefix="coterie-compress-") as scratch:
+    with base_of(card, registry) as base, tempfile.TemporaryDirectory(prefix="coterie-compress-") as scratch:
         if isinstance(files, Path):
             check_expert(files, card, base.description)
             files = {entry.path: files / entry.path for entry in card.files}
@@ -109,7 +109,7 @@ def compress_expert(
     return Compressed(source=card, name=target[0], version=target[1], card=written, report=report)
 
 
-def _find(source: str | Path, registry: Registry) -> tuple[ExpertCard, Mapping[str, Path] | Path]:
+def find_expert(source: str | Path, registry: Registry) -> tuple[ExpertCard, Mapping[str, Path] | Path]:
     """Return the card, and the files or, still to be checked, the folder."""
     folder = Path(source)
     found: Mapping[str, Path] | Path = folder
@@ -126,27 +126,28 @@ def _find(source: str | Path, registry: Registry) -> tuple[ExpertCard, Mapping[s
     for entry in registry.opt_outs():
         if entry.owner == card.owner:
             raise ConsentError(
-                f"{card.name} cannot be compressed: {entry.owner} opted out on {entry.when} (recorded by {entry.who}): "
+                f"{card.name} cannot be converted: {entry.owner} opted out on {entry.when} (recorded by {entry.who}): "
                 f"{entry.reason}"
             )
     return card, found
 
 
-def _target(card: ExpertCard, name: str | None, registry: Registry) -> tuple[str, int]:
-    """Return name and version of the result."""
+def target_of(card: ExpertCard, name: str | None, registry: Registry) -> tuple[str, int]:
+    """Return name and version of what is made from an expert."""
     if name is None or name == card.name:
         return card.name, max(card.version + 1, registry.next_version(card.name))
     return check_expert_name(name), registry.next_version(name)
 
 
-def _check_out(out: Path | None) -> None:
+def check_out(out: Path | None) -> None:
     """Refuse before the work what could not be written after it."""
     if out is not None and (out.exists() or out.is_symlink()) and (not out.is_dir() or any(out.iterdir())):
         raise CompressionError(f"'{out}' exists and is not an empty folder; name another one with --out.")
 
 
 @contextmanager
-def _base(card: ExpertCard, registry: Registry) -> Iterator[ResolvedBase]:
+def base_of(card: ExpertCard, registry: Registry) -> Iterator[ResolvedBase]:
+    """Find the anchor of an expert in the registry, whatever it is called there."""
     names = [base.name for base in registry.bases() if base.fingerprint == card.base.fingerprint]
     if not names:
         raise CompressionError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ def stocked(
     tmp_path_factory: pytest.TempPathFactory, run: Any, filled: Path, base_folder: Path, texts: Any
 ) -> Path:
     """A registry with a full expert, ``acme/full``, near the anchor; never to be changed."""
-    import shutil
 
     import numpy as np
     from safetensors.numpy import load_file, save_file
@@ -40,7 +40,6 @@ def stocked(
 @pytest.fixture
 def registry(stocked: Path, tmp_path: Path) -> Path:
     """A copy that a test may change."""
-    import shutil
 
     return Path(shutil.copytree(stocked, tmp_path / "registry"))
 
@@ -155,3 +154,59 @@ def test_refused(args: tuple[str, ...], message: str, run: Any, stocked: Path, t
     assert (outcome.code, outcome.out) == (2, "")
     assert outcome.err == f"Error: {message}\n".replace("REGISTRY", str(stocked))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_extract_reports_what_has_no_place(
+    run: Any, bare_base: Path, whole_model: Path, tmp_path: Path
+) -> None:
+    args = ("expert", "extract", "acme/whole", "--to", "ffn")
+    outcome = run(*args, "--dry-run", registry=bare_base)
+    assert (outcome.code, outcome.err) == (0, "")
+    lines = [" ".join(line.split()) for line in outcome.out.splitlines()]
+    assert lines[0] == "LEFT OUT TENSORS OF THE DIFFERENCE"
+    assert lines[1].startswith("attention 16 ")
+    assert lines[-4:-2] == [
+        "from: acme/whole@1",
+        "error of what is taken: 0.00% of its difference to the anchor (Frobenius norm)",
+    ]
+    assert lines[-1] == "written: nothing"
+    outcome = run(*args, "--out", tmp_path / "out", "--json", registry=bare_base)
+    assert (outcome.json["name"], outcome.json["version"], outcome.json["kind"]) == (
+        "acme/whole-ffn",
+        1,
+        "ffn",
+    )
+    assert run("register", tmp_path / "out", registry=bare_base).code == 0
+
+
+def test_extract_needs_a_place_or_a_dry_run(run: Any, bare_base: Path, whole_model: Path) -> None:
+    outcome = run("expert", "extract", "acme/whole", "--to", "ffn", registry=bare_base)
+    assert (outcome.code, outcome.err) == (
+        2,
+        "Error: Give --out DIR to write the expert, or --dry-run only to see what would be lost.\n",
+    )
+    outcome = run("expert", "extract", "acme/whole", "--to", "lora", "--dry-run", registry=bare_base)
+    assert outcome.code == 2
+    assert outcome.err.startswith("Error: A low-rank expert needs --rank, a whole number from 1;")
+
+
+@pytest.fixture
+def bare_base(run: Any, base_folder: Path, tmp_path: Path) -> Path:
+    registry = tmp_path / "registry"
+    assert run("base", "add", base_folder, "--name", "pico", registry=registry).code == 0
+    return registry
+
+
+@pytest.fixture
+def whole_model(run: Any, bare_base: Path, base_folder: Path, tmp_path: Path) -> Path:
+    """A whole model, registered: the base with every tensor a little larger."""
+    from safetensors.torch import load_file, save_file
+
+    raw = Path(shutil.copytree(base_folder, tmp_path / "raw"))
+    tensors = {name: tensor * 1.01 for name, tensor in load_file(raw / "model.safetensors").items()}
+    save_file(tensors, raw / "model.safetensors", metadata={"format": "pt"})
+    done = run(
+        "register", raw, "--name", "acme/whole", "--domain", "law", "--license", "MIT", registry=bare_base
+    )
+    assert done.code == 0, done.err
+    return raw

@@ -85,7 +85,8 @@ def test_unknown_names(pico: Any, manifest: Callable[..., Any]) -> None:
         f"  - experts[2]: Unknown expert 'dan/low'. Did you mean 'acme/low'? Known: {known}. {where}"
     )
     assert _refused(manifest(recipe="flexolm"), registry, UnknownNameError) == (
-        "Unknown recipe 'flexolm'. Did you mean 'flexolmo'? Known: bam, btx, flexolmo, router_retriever, sparse_upcycle."
+        "Unknown recipe 'flexolm'. Did you mean 'flexolmo'? Known: bam, btx, flexolmo, merge, "
+        "router_retriever, soup, sparse_upcycle."
     )
     assert _refused(manifest(scorer="ldb"), registry) == (
         f"{CANNOT}  - Unknown scorer 'ldb'. Did you mean 'lda'? Known: dume, lda, learned, prompts, random, ridge."

@@ -350,7 +350,7 @@ class TestRefused:
         with pytest.raises(ConsentError) as caught:
             compress("acme/full", rank="2", registry=registry)
         assert str(caught.value) == (
-            f"acme/full cannot be compressed: acme opted out on {entry.when} (recorded by ann): gone"
+            f"acme/full cannot be converted: acme opted out on {entry.when} (recorded by ann): gone"
         )
 
     def test_an_anchor_that_is_not_there(self, compress: Any, pico: Any) -> None:
