@@ -106,14 +106,18 @@ def build(
     The index remembers which base encoded it, and whose every document is. It does not depend on the experts: they
     may come and go without it being made again.
     """
-    from pipelines.retrieval.index import create_index
+    from pipelines.retrieval.index import check_new, create_index
 
+    check_new(out)
     documents = _documents(corpus, owner)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OptionError(f"{out} exists already. Choose another folder, or use 'coterie index add'.")
     with _encoder(model, device=device) as encoder, writing_to(out):
         index = create_index(out, base=encoder.base, dimension=encoder.dimension, backend=backend)
-        _fill(index, encoder, documents, out=out, batch_size=batch_size, as_json=as_json)
+        try:
+            _fill(index, encoder, documents, out=out, batch_size=batch_size, as_json=as_json)
+        except BaseException:
+            if not any(out.iterdir()):
+                out.rmdir()
+            raise
 
 
 @group.command("add", epilog=examples("coterie index add manuals --model composed --corpus more.jsonl"))

@@ -31,6 +31,7 @@ __all__ = [
     "Mask",
     "alone",
     "check_added",
+    "check_new",
     "check_unchanged",
     "checked_rows",
     "create_index",
@@ -43,6 +44,7 @@ Mask = NDArray[np.bool_]
 """One truth value a document, in the order of ``ids``: whether it may be found."""
 
 FILE = "index.json"
+_SEGMENTS = "segment-"
 _MOST_SEGMENTS = 32
 _MAX_INDEX = 1 << 24
 
@@ -104,10 +106,7 @@ def create_index(folder: Path, *, base: str, dimension: int, backend: str = "exa
     Raises:
         DataError: Something stands at ``folder`` already.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DataError(
-            f"{folder} exists already. Choose another folder, or add to it with 'coterie index add'."
-        )
+    check_new(folder)
     folder.mkdir(parents=True, exist_ok=True)
     info = validate(
         IndexInfo,
@@ -116,6 +115,22 @@ def create_index(folder: Path, *, base: str, dimension: int, backend: str = "exa
         error=DataError,
     )
     return _backend(backend)(folder, info)
+
+
+def check_new(folder: Path) -> None:
+    """Refuse a place where something stands; what a killed process left of an index does not count.
+
+    Raises:
+        DataError: Something stands there.
+    """
+    if folder.exists() and not (folder.is_dir() and all(map(_is_segment, folder.iterdir()))):
+        raise DataError(
+            f"{folder} exists already. Choose another folder, or add to it with 'coterie index add'."
+        )
+
+
+def _is_segment(path: Path) -> bool:
+    return path.name.startswith((_SEGMENTS, f".{_SEGMENTS}"))
 
 
 def open_index(folder: Path, *, base: str | None = None) -> Index:
@@ -343,8 +358,8 @@ def check_unchanged(folder: Path, info: IndexInfo) -> None:
 
 def sweep(folder: Path, kept: Collection[str]) -> None:
     """Delete segments that the index no longer names, and those that a killed process left."""
-    for path in folder.glob("segment-*"):
-        if path.name not in kept:
+    for path in folder.iterdir():
+        if _is_segment(path) and path.name not in kept:
             path.unlink(missing_ok=True)
 
 

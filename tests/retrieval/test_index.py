@@ -262,6 +262,19 @@ def test_damage_is_named(tmp_path: Path) -> None:
         open_index(tmp_path / "index")
 
 
+def test_what_a_kill_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    folder = tmp_path / "index"
+    folder.mkdir()
+    for name in ("segment-0123.npy", ".segment-0123.json.x.part"):
+        (folder / name).write_bytes(b"half")
+    index = _filled(folder)
+    assert len(list(folder.iterdir())) == 1 + 2 * 2
+    (folder / "notes.txt").write_text("mine")
+    index.remove(index.ids)
+    index.save()
+    assert sorted(path.name for path in folder.iterdir()) == ["index.json", "notes.txt"]
+
+
 def test_two_writers_do_not_overwrite_each_other(tmp_path: Path) -> None:
     _filled(tmp_path / "index")
     first, second = open_index(tmp_path / "index"), open_index(tmp_path / "index")
