@@ -22,6 +22,7 @@ from composer.export.tensors import FLOATS, Entry
 from composer.loading import left_out
 from composer.lock import Lock
 from composer.members import BASE_FOLDER, Members
+from composer.recipes import require_language_model
 from experts.errors import BuildError, OptOutError
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ def plan_export(
     stock: StockTarget = TARGETS.load(to)()
     path = Path(folder)
     lock = Lock.read(path)
+    require_language_model(path, lock.recipe)
     without = left_out(lock, opt_out, registry)
     if lock.tuned is not None and not without:
         raise BuildError(

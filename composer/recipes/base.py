@@ -46,6 +46,7 @@ class Recipe(ABC):
         manifest: The class of its manifests.
         lock: The class of its locks.
         top_files: Files of the base that also stand at the top of a folder, beside the tokenizer's.
+        generates: Whether its models predict tokens.
     """
 
     summary: ClassVar[str]
@@ -54,6 +55,7 @@ class Recipe(ABC):
     manifest: ClassVar[type[Manifest]] = Manifest
     lock: ClassVar[type[Lock]] = Lock
     top_files: ClassVar[tuple[str, ...]] = ()
+    generates: ClassVar[bool] = True
 
     def expand(self, manifest: Manifest) -> Manifest:
         """Write this recipe's own defaults out where the builder said nothing."""

@@ -41,6 +41,7 @@ class RouterRetriever(Recipe):
     manifest: ClassVar[type[Manifest]] = RetrieverManifest
     lock: ClassVar[type[Lock]] = RetrieverLock
     top_files: ClassVar[tuple[str, ...]] = TOP_FILES
+    generates: ClassVar[bool] = False
 
     def problems(
         self,

@@ -68,7 +68,7 @@ def load_retriever(
     settings = json.loads((folder / "config_sentence_transformers.json").read_text(encoding="utf-8"))
     model = Retriever(
         modules=modules,
-        device=str(device) if device is not None else "cpu",
+        device=_device(device),
         prompts=settings.get("prompts"),
         default_prompt_name=settings.get("default_prompt_name"),
         similarity_fn_name=_embedding(members.description).similarity,
@@ -76,6 +76,14 @@ def load_retriever(
     model.membership = first.model.membership
     model.eval()
     return model
+
+
+def _device(device: Any) -> str:
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cpu" if device is None else str(device)
 
 
 def load_encoder(

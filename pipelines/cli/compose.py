@@ -185,13 +185,18 @@ def _plan(manifest: Path, store: Registry) -> Plan:
     return planned
 
 
+def _router_text(router: dict[str, Any]) -> str:
+    if "route_on" in router:
+        return f"{router['scorer']} on the {router['route_on'].replace('_', ' ')}, {router['selector']}"
+    return f"{router['scorer']} ({router['context']}), {router['selector']} {router['top_k']}"
+
+
 def _print_plan(plan: dict[str, Any]) -> None:
-    router = plan["router"]
     print_fields(
         {
             "name": plan["name"],
             "recipe": plan["recipe"],
-            "router": f"{router['scorer']} ({router['context']}), {router['selector']} {router['top_k']}",
+            "router": _router_text(plan["router"]),
             "base": f"{plan['base']['name']}, {human_bytes(plan['base']['bytes'])}, "
             f"fingerprint {plan['base']['fingerprint'][:12]}",
             "parameters": f"{human_count(plan['parameters_total'])} in all, "

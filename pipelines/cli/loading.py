@@ -49,10 +49,12 @@ def open_folder(
     """
     from composer.lock import Lock
     from composer.optout import check_owners
+    from composer.recipes import require_language_model
 
     lock = Lock.read(out)
-    check_owners(set(opt_out), lock.owners)
-    revoked = {entry.owner for entry in registry.opt_outs()} & set(lock.owners)
+    require_language_model(out, lock.recipe)
+    check_owners(set(opt_out), lock.involved)
+    revoked = {entry.owner for entry in registry.opt_outs()} & set(lock.involved)
     for owner in sorted(revoked - set(opt_out)):
         note(f"Note: {owner} has opted out since the build and is left out.")
 

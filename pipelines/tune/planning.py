@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from composer.lock import Lock, OptOutClass
+from composer.recipes import require_language_model
 from experts.errors import ConsentError, PlanError
 from pipelines.tune.job import TuneJob
 
@@ -81,8 +82,10 @@ def plan_tuning(source: Path | str, job: TuneJob, *, registry: Registry) -> Tuni
     lock, plan = None, None
     if path.is_dir():
         lock = Lock.read(path)
+        require_language_model(path, lock.recipe)
     else:
         plan = _plan(path, registry)
+        require_language_model(path, plan.manifest.recipe)
     _check_consent(job, lock.involved if lock else (), registry)
     _check_trainable(job, *_router(lock, plan))
     for text in job.data:
