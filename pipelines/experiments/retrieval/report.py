@@ -130,15 +130,17 @@ def _markdown(experiment: RetrieverExperiment, rows: Sequence[Row]) -> list[str]
 
 
 _DIFFERENCES = (
-    "The paper (arXiv 2409.02685) adapts Contriever for seven BEIR data sets, with training sets of up to 503,000 pairs. "
-    "Here the base is smaller and stronger, and an owner has some hundred pairs that nobody judged: the two sides of a "
-    "docstring, a term and its code's title. Test queries of a domain are pairs whose documents no owner trained on; the "
-    "other documents of its collection are partly those of training pairs.",
+    "The paper (arXiv 2409.02685) adapts Contriever for seven BEIR data sets, with training sets of up to "
+    "503,000 pairs. Here the base is smaller and stronger, and an owner has some hundred pairs that "
+    "nobody judged: the two sides of a docstring, a term and its code's title. Test queries of a domain "
+    "are pairs whose documents no owner trained on; the other documents of its collection are partly "
+    "those of training pairs.",
     "",
-    "Adapters lie in the upper layers only, so that one pass can route and adapt, and a query is told apart from all of "
-    "its owner's documents, whose vectors are constant. `paper` and `classifier_router` are labelled on training queries "
-    "by nDCG@10; the paper does not say what becomes of ties, its code takes the first of a list, and here every tied "
-    "expert gets its part. `multi_task_pooled` is no baseline of the paper: it needs everybody's text in one place.",
+    "Adapters lie in the upper layers only, so that one pass can route and adapt, and a query is told "
+    "apart from all of its owner's documents, whose vectors are constant. `paper` and `classifier_router` "
+    "are labelled on training queries by nDCG@10; the paper does not say what becomes of ties, its code "
+    "takes the first of a list, and here every tied expert gets its part. `multi_task_pooled` is no "
+    "baseline of the paper: it needs everybody's text in one place.",
 )
 
 
