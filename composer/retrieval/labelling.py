@@ -1,0 +1,83 @@
+"""Labels an owner's queries with the experts that serve them best, and makes the pilots that the owner may publish.
+
+Runs where the queries are. Knows qualities and embeddings; how a quality was measured, and on which split, is declared
+beside the pilots.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from composer.retrieval.facts import Array
+from experts.errors import DataError
+from experts.names import unknown_name
+from experts.retrieval_artifacts import Pilot
+
+__all__ = ["Ties", "label_shares", "make_pilots"]
+
+Ties = Literal["fractional", "own_domain", "drop"]
+"""Queries that several experts serve equally well: shared among them, given to the owner's own expert if it is one of
+them (else shared), or dropped."""
+
+
+def label_shares(
+    quality: Array, experts: Sequence[str], *, ties: Ties = "fractional", own: str | None = None
+) -> Array:
+    """Give every query to its best experts; the order of the experts decides nothing.
+
+    Args:
+        quality: float64 ``(queries, experts)``; higher is better.
+        experts: Their names.
+        ties: What becomes of queries with several best experts.
+        own: The owner's own expert, for ``own_domain``.
+
+    Returns:
+        float64 ``(queries, experts)``; a row sums to 1, or to 0 where it was dropped.
+
+    Raises:
+        DataError: ``quality`` has another shape or holds NaN.
+        UnknownNameError: ``own`` is no expert.
+    """
+    if quality.ndim != 2 or quality.shape[1] != len(experts) or np.isnan(quality).any():
+        raise DataError(
+            f"Qualities must be numbers, a row for each query and a column for each of the {len(experts)} experts; "
+            f"given is an array of shape {quality.shape}{' with NaN' if np.isnan(quality).any() else ''}."
+        )
+    best = quality == quality.max(axis=1, keepdims=True)
+    shares: Array = best / best.sum(axis=1, keepdims=True)
+    if ties == "drop":
+        shares[best.sum(axis=1) > 1] = 0.0
+    elif ties == "own_domain":
+        if own not in experts:
+            raise unknown_name("expert", str(own), experts)
+        mine = best[:, list(experts).index(own)]
+        shares[mine] = 0.0
+        shares[mine, list(experts).index(own)] = 1.0
+    return shares
+
+
+def make_pilots(vectors: Array, shares: Array, experts: Sequence[str], *, min_group: int) -> list[Pilot]:
+    """Average the queries of every expert.
+
+    Args:
+        vectors: The base's embeddings of the queries, ``(queries, d)``.
+        shares: From `label_shares`.
+        experts: Their names.
+        min_group: Fewest queries, parts of queries added up, that make a pilot.
+
+    Returns:
+        By name, without experts of too few queries.
+    """
+    found = []
+    for column in np.argsort(np.asarray(experts)):
+        weight = float(shares[:, column].sum())
+        # a float sum of thirds may fall short of a whole number by rounding
+        queries = math.floor(weight + 1e-9)
+        if queries >= max(1, min_group):
+            mean: Array = shares[:, column] @ vectors / weight
+            found.append(Pilot(expert=experts[column], queries=queries, vector=mean))
+    return found

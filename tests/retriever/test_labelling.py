@@ -1,0 +1,55 @@
+"""Labels and pilots: ties by rule and never by the order of a list, small groups unpublished."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+
+from composer.retrieval.labelling import label_shares, make_pilots
+from experts.errors import DataError, UnknownNameError
+
+EXPERTS = ("acme/a", "bob/b", "cleo/c")
+QUALITY = np.array([[1.0, 0.5, 0.2], [0.7, 0.7, 0.1], [0.3, 0.3, 0.3], [0.1, 0.4, 0.4], [0.0, 0.0, 1.0]])
+
+
+@pytest.mark.parametrize(
+    ("ties", "expected"),
+    [
+        ("fractional", [[1, 0, 0], [1 / 2, 1 / 2, 0], [1 / 3] * 3, [0, 1 / 2, 1 / 2], [0, 0, 1]]),
+        ("own_domain", [[1, 0, 0], [0, 1, 0], [0, 1, 0], [0, 1, 0], [0, 0, 1]]),
+        ("drop", [[1, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 1]]),
+    ],
+)
+def test_ties(ties: Any, expected: list[list[float]]) -> None:
+    shares = label_shares(QUALITY, EXPERTS, ties=ties, own="bob/b")
+    assert np.allclose(shares, expected)
+    for order in itertools.permutations(range(3)):  # R11
+        turned = label_shares(QUALITY[:, order], [EXPERTS[i] for i in order], ties=ties, own="bob/b")
+        assert np.array_equal(turned, shares[:, order])
+
+
+def test_pilots_are_weighted_means_of_large_groups() -> None:
+    vectors = np.random.default_rng(0).normal(size=(5, 4))
+    shares = label_shares(QUALITY, EXPERTS)
+    # 1 + 1/2 + 1/3, 1/2 + 1/3 + 1/2 and 1/3 + 1/2 + 1 queries
+    pilots = make_pilots(vectors, shares, EXPERTS, min_group=1)
+    assert [(p.expert, p.queries) for p in pilots] == [(name, 1) for name in EXPERTS]
+    expected = (vectors[0] + vectors[1] / 2 + vectors[2] / 3) / (1 + 1 / 2 + 1 / 3)
+    assert np.allclose(pilots[0].vector, expected)
+    assert make_pilots(vectors, shares, EXPERTS, min_group=2) == []
+    turned = make_pilots(vectors, shares[:, ::-1], EXPERTS[::-1], min_group=1)
+    assert [p.vector.tobytes() for p in turned] == [p.vector.tobytes() for p in pilots]
+
+
+def test_what_does_not_fit() -> None:
+    with pytest.raises(DataError) as caught:
+        label_shares(QUALITY * np.nan, EXPERTS[:2])
+    assert str(caught.value) == (
+        "Qualities must be numbers, a row for each query and a column for each of the 2 experts; given is an array of "
+        "shape (5, 3) with NaN."
+    )
+    with pytest.raises(UnknownNameError, match=r"^Unknown expert 'bob/x'\. Did you mean 'bob/b'\?"):
+        label_shares(QUALITY, EXPERTS, ties="own_domain", own="bob/x")
