@@ -40,7 +40,7 @@ BAD_MANIFESTS = {
         "Error: manifest m.yaml has 2 problems:\n"
         "  - router.top_k: input should be greater than or equal to 1, given 0\n"
         "  - router.scorer_: unknown key; did you mean 'scorer'? Allowed: context, layer, normalize, options, preset, "
-        "scorer, selector, selector_options, token_weight, top_k\n",
+        "public_prompts, scorer, selector, selector_options, token_weight, top_k\n",
     ),
     "unknown expert": (
         HEAD + "experts: [acme/contract, hosp/icd]\n",
@@ -51,7 +51,7 @@ BAD_MANIFESTS = {
     "unknown scorer": (
         HEAD + "experts: [acme/contracts]\nrouter: {scorer: ldaa}\n",
         "Error: Manifest 'duo' cannot be composed:\n"
-        "  - Unknown scorer 'ldaa'. Did you mean 'lda'? Known: lda, learned, ridge.\n",
+        "  - Unknown scorer 'ldaa'. Did you mean 'lda'? Known: dume, lda, learned, prompts, random, ridge.\n",
     ),
     "unknown recipe": (
         HEAD.replace("flexolmo", "flexolm") + "experts: [acme/contracts]\n",
