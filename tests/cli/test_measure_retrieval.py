@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,26 @@ def test_search_says_who_answered(
     everybody = [part for owner in OWNERS for part in ("--opt-out", owner)]
     nothing = run("search", index, composed, query, *everybody)
     assert nothing.out == "answered by the base (base 100%)\nNo document may be found.\n"
+
+
+def test_who_opted_out_in_the_registry_is_left_out(
+    run: Callable[..., Any], composed: Path, collections: Path, pico: Any, tmp_path: Path
+) -> None:
+    from registry import Registry
+
+    registry = Registry(shutil.copytree(pico.retriever_library().path, tmp_path / "registry"))
+    corpus = [part for owner in OWNERS[:2] for part in ("--corpus", collections / owner / "corpus.jsonl")]
+    run("index", tmp_path / "index", "--model", composed, *corpus)
+    query = json.loads((collections / "acme" / "queries.jsonl").read_text().splitlines()[0])["text"]
+    asked = run(
+        "search", tmp_path / "index", composed, query, "--opt-out", "acme", "--top-k", 50, "--json"
+    ).json
+    registry.opt_out("acme", reason="left")
+    outcome = run(
+        "search", tmp_path / "index", composed, query, "--top-k", 50, "--json", registry=registry.path
+    )
+    assert outcome.json == asked
+    assert outcome.err == "Note: acme has opted out, so the owner's documents are left out.\n"
 
 
 def test_what_cannot_be_measured_is_said(
