@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from experts.base import BaseDescription
-from pipelines.train.states import Record, Skip
+from pipelines.train.states import Skip
 
 __all__ = ["QueryStates", "RetrievalBase", "mean_state"]
 
@@ -71,6 +71,27 @@ class QueryStates:
         return states, mask
 
 
+class _Pass(Skip):
+    """Passes states on as the layer it stands in for would: in a tuple, in some families."""
+
+    def __init__(self, layer: nn.Module, *, in_tuple: bool) -> None:
+        super().__init__(layer)
+        self.in_tuple = in_tuple
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (hidden_states,) if self.in_tuple else hidden_states
+
+
+class _Keep(_Pass):
+    """Keeps the states that enter the layer it stands in for."""
+
+    states: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.states = hidden_states
+        return super().forward(hidden_states)
+
+
 class _Enter(Skip):
     """Runs the layer it stands in for on stored states, whatever came from below."""
 
@@ -106,9 +127,20 @@ class RetrievalBase:
         parent, _, self._attribute = description.layers_prefix.rpartition(".")
         self._stack = self.encoder.get_submodule(parent)
         self._layers: list[nn.Module] = list(getattr(self._stack, self._attribute).children())
-        self._record = Record(self._layers[first])
+        in_tuple = self._answers_in_tuples()
+        self._keep = _Keep(self._layers[first], in_tuple=in_tuple)
         self._enter = _Enter(self._layers[first])
-        self._skips = [Skip(layer) for layer in self._layers]
+        self._skips = [_Pass(layer, in_tuple=in_tuple) for layer in self._layers]
+
+    @torch.no_grad()
+    def _answers_in_tuples(self) -> bool:
+        """Whether layers return their states in a tuple, found out on two tokens."""
+        seen: list[bool] = []
+        hook = self._layers[0].register_forward_hook(lambda _, __, out: seen.append(isinstance(out, tuple)))
+        tokens = torch.full((1, 2), 2)
+        self._run({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)})
+        hook.remove()
+        return seen[0]
 
     def embed_documents(self, texts: Sequence[str], *, batch_size: int) -> Tensor:
         """The base's own vectors, prompt and normalisation included: ``(documents, dimension)`` float32."""
@@ -126,10 +158,10 @@ class RetrievalBase:
     @torch.no_grad()
     def lower(self, features: dict[str, Tensor]) -> Tensor:
         """States entering layer ``first``: ``(batch, tokens, hidden)``."""
-        parts = [*self._layers[: self.first], self._record, *self._skips[self.first + 1 :]]
+        parts = [*self._layers[: self.first], self._keep, *self._skips[self.first + 1 :]]
         with self._only(parts):
             self._run(features)
-        states, self._record.states = self._record.states, None
+        states, self._keep.states = self._keep.states, None
         assert states is not None
         return states
 

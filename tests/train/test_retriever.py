@@ -372,6 +372,34 @@ def test_jobs_train_and_register_like_any_other(
     assert again[0].folder == outcome.folder  # nothing is trained twice
 
 
+def test_the_sealed_task_trains_from_plain_text(
+    job: Callable[..., DomainJob], base: ResolvedBase, tmp_path: Path
+) -> None:
+    """What an owner's process is told and gives back, and what its agent then delivers."""
+    from pipelines.train.agent import Order, release
+    from pipelines.train.agent_task import TaskRequest, run_sealed
+
+    made = job(steps=2)
+    request = TaskRequest(
+        job=made.model_dump_json(),
+        base=base.to_json(),
+        out=str(tmp_path / "outbox"),
+        version=1,
+        threads=1,
+        reports=str(tmp_path / "reports"),
+        stop=str(tmp_path / "stop"),
+    )
+    result = run_sealed(request.to_json())
+    assert result.error is None
+    assert {"held_out_ndcg10", "base_held_out_ndcg10", "queries"} <= result.scalars.keys()
+    assert CANARY not in (tmp_path / "reports").read_text()
+    order = Order(
+        job=made, base=ResolvedBase.from_json(base.to_json()), out=tmp_path / "out" / "search", version=1
+    )
+    release(order, outbox=tmp_path / "outbox")
+    assert read_package(order.out).kind == "retriever"
+
+
 # ------------------------------------------------------------ the loss
 
 
