@@ -5,6 +5,7 @@ Knows how a job and its progress are shown; training is the business of ``pipeli
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,6 +80,8 @@ def tune(
         count_bar("Tuning", unit="tokens") as progress,
     ):
         result = run(plan, wanted, out, registry=store, device=device, progress=progress)
+    if os.environ.get("RANK", "0") != "0":  # one of several processes speaks for all
+        return
     if as_json:
         print_json({**plan.to_dict(), **result.to_dict()})
         return

@@ -187,6 +187,11 @@ def _train(
         devices=devices,
     )
     per_step = job.batch_size * job.sequence_length
+
+    def report(done: int, *_: float) -> None:
+        if progress is not None and devices.is_main:
+            progress(done * per_step, job.tokens)
+
     return train(
         parameters=decayed,
         undecayed=undecayed,
@@ -202,7 +207,7 @@ def _train(
             schedule=job.schedule,
         ),
         checkpoint=checkpoint,
-        on_step=lambda done, *_: None if progress is None else progress(done * per_step, job.tokens),
+        on_step=report,
         keeps_checkpoints=devices.is_main,
     )
 

@@ -62,17 +62,23 @@ def test_what_would_be_done(run: Any, files: Path, filled: Path) -> None:
 
 
 def test_tuning(run: Any, files: Path, filled: Path) -> None:
+    (files / "tune.yaml").write_text(JOB.replace("owner: acme", "owner: counsel"))
     outcome = _tune(run, files, filled)
     assert outcome.code == 0, outcome.err
     assert outcome.err == (
-        "Note: the trained weights will hold acme, soft; leaving one of them out falls back to the weights from "
-        "before.\n"
+        "Note: the trained weights will hold acme, counsel, soft; leaving one of them out falls back to the weights "
+        "from before.\n"
     )
     assert re.fullmatch(
-        rf"Tuned {re.escape(str(files / 'out'))}: [\d.]+ k parameters on 128 tokens, [\d,]+ tokens/s, loss \d\.\d{{3}}\.\n",
+        rf"Tuned {re.escape(str(files / 'out'))}: [\d.]+ k parameters on 128 tokens, [\d,]+ tokens/s, "
+        r"loss \d\.\d{3}\.\n",
         outcome.out,
     )
     assert sorted(path.name for path in (files / "out" / "tuned").iterdir()) == ["trunk.safetensors"]
+    # somebody whose text alone went in can be left out as well
+    options = ("--prompt", "The", "--max-new-tokens", 1, "--device", "cpu", "--opt-out", "counsel")
+    outcome = run("generate", files / "out", *options, registry=filled)
+    assert outcome.code == 0, outcome.err
     again = _tune(run, files, filled, "--json")
     assert (again.code, again.err.splitlines()[-1]) == (
         2,
