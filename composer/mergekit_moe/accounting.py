@@ -103,8 +103,8 @@ class Account:
             stray = [f"{name}.weight" for name in model.adapter.spec.modules if f"{name}.weight" not in ffn]
             self._drop(model, stray, "the adapter's updates beside the FFNs, which are the base model's here")
         return [
-            f"{model.ref}: {name} is not zero, and the experts of no mixture class have biases; compose the models "
-            "with coterie's own recipes instead"
+            f"{model.ref}: {name} is not zero, and the experts of no mixture class have biases; `coterie build "
+            "--composed` keeps them in a coterie model"
             for name in biases
             if name not in zeros
         ]
@@ -117,7 +117,8 @@ class Account:
 def _cure(family: Family, name: str) -> str:
     if ".self_attn." in name and name.endswith(".bias"):
         if name.endswith("o_proj.bias"):
-            return ": no mixture class has a bias behind attention, and dropping it would change every answer"
+            kept = "`coterie build --composed` keeps it in a coterie model"
+            return f": no mixture class has a bias behind attention; {kept}"
         return "; `architecture: qwen` keeps biases of q, k and v" if not family.needs_biases else ""
     return ", and dropping it would change every answer"
 

@@ -36,7 +36,7 @@ def source_problems(base: SourceModel, others: Sequence[PlannedSource]) -> list[
     if base.description.layout.style == "dense":
         problems.append(
             f"{base.ref}: its FFN has no gate matrix (model_type '{base.family}'), and every mixture class of "
-            "transformers has; compose it with coterie's own recipes instead"
+            "transformers has; `coterie build --composed` writes a coterie model instead"
         )
     for other in others:
         found = decisive(other.model.description.config)

@@ -231,8 +231,8 @@ def _choose(
     known = {name for family in FAMILIES for name in family.families}
     if base.family not in known:
         problems.append(
-            f"model_type '{base.family}': no mixture class of transformers has its blocks. Register the models "
-            "(coterie register takes whole models) and compose them with recipe 'btx' as a coterie model"
+            f"model_type '{base.family}': no mixture class of transformers has its blocks; `coterie build --composed` "
+            "writes a coterie model instead"
         )
     problems += reasons
     return None

@@ -122,6 +122,13 @@ def build_folder(
     layout: LayoutOption = "mergekit",
     seed: SeedOption = 0,
     no_padding: NoPaddingOption = False,
+    composed: Annotated[
+        bool,
+        typer.Option(
+            "--composed",
+            help="Make a coterie model of a mergekit-moe manifest (recipe btx), for models that no stock class holds.",
+        ),
+    ] = False,
     registry: RegistryOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -141,9 +148,11 @@ def build_folder(
     wanted = mergekit_moe.Wanted(layout=layout, seed=seed, pad=not no_padding)
     if dry_run and mergekit_moe.planned(manifest, wanted, as_json=as_json):
         return
-    if not dry_run and mergekit_moe.built(manifest, out, wanted, copy=copy, as_json=as_json):
+    if not dry_run and mergekit_moe.built(
+        manifest, out, wanted, copy=copy, composed=composed, as_json=as_json
+    ):
         return
-    wanted.refuse()
+    wanted.refuse(composed=composed)
     store = open_registry(context, registry)
     planned = _plan(manifest, store)
     if dry_run:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from experts.routing_artifacts import RoutingInfo
     from registry import BaseRecord, Registry
 
-__all__ = ["register"]
+__all__ = ["register", "remarks_noted"]
 
 EXAMPLES = examples(
     "coterie register trained/acme/contracts",
@@ -232,7 +232,7 @@ def _pack(path: Path, staging: Path, *, store: Registry, wanted: _Wanted, text: 
     source, routing = path, None
     if text and _plain(path):  # anything else is refused by packing, which names every offender
         source, routing = _with_statistics(path, staging.parent, base=base, store=store, text=text)
-    with _remarks_noted():
+    with remarks_noted():
         card = pack(
             source,
             staging,
@@ -253,7 +253,7 @@ def _pack(path: Path, staging: Path, *, store: Registry, wanted: _Wanted, text: 
 
 
 @contextmanager
-def _remarks_noted() -> Iterator[None]:
+def remarks_noted() -> Iterator[None]:
     """Print what packing remarks about an expert as a note."""
     from experts.errors import ExpertWarning
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from experts.errors import CoterieError
+from pipelines.cli.enrol import remarks_noted
 from pipelines.cli.loading import quiet_transformers
 from pipelines.cli.output import (
     human_bytes,
@@ -42,7 +43,7 @@ class Wanted:
     seed: int
     pad: bool
 
-    def refuse(self) -> None:
+    def refuse(self, *, composed: bool = False) -> None:
         """Refuse them for one of coterie's manifests.
 
         Raises:
@@ -52,6 +53,7 @@ class Wanted:
             "--layout": self.layout != "mergekit",
             "--seed": self.seed != 0,
             "--no-padding": not self.pad,
+            "--composed": composed,
         }
         names = [name for name, is_given in given.items() if is_given]
         if names:
@@ -70,10 +72,12 @@ def planned(manifest: Path, wanted: Wanted, *, as_json: bool) -> bool:
     return True
 
 
-def built(manifest: Path, out: Path, wanted: Wanted, *, copy: bool, as_json: bool) -> bool:
+def built(manifest: Path, out: Path, wanted: Wanted, *, copy: bool, composed: bool, as_json: bool) -> bool:
     """Build from a mergekit-moe manifest; return False if it is no such manifest."""
     from time import perf_counter
 
+    if composed:
+        return _composed(manifest, out, wanted, as_json=as_json)
     plan = _plan(manifest, wanted)
     if plan is None:
         return False
@@ -97,6 +101,26 @@ def built(manifest: Path, out: Path, wanted: Wanted, *, copy: bool, as_json: boo
         f"Built {out}: {plan.to_dict()['architecture']} of {len(plan.experts)} experts on {plan.base.ref}, "
         f"{human_bytes(done.written)} in {seconds:.2f} s."
     )
+    return True
+
+
+def _composed(manifest: Path, out: Path, wanted: Wanted, *, as_json: bool) -> bool:
+    """Make a coterie model; return False if it is no mergekit-moe manifest."""
+    from composer.mergekit_moe import read_manifest
+
+    wish = read_manifest(manifest)
+    if wish is None:
+        return False
+    from composer.mergekit_moe.composed import compose_moe
+
+    with quiet_transformers(), remarks_noted():
+        names = compose_moe(wish, out, near=manifest.parent, seed=wanted.seed)
+    if as_json:
+        print_json({"format": "coterie", "recipe": "btx", "experts": list(names), "out": str(out)})
+    else:
+        print_line(
+            f"Built {out}: a coterie model of {', '.join(names)} around {wish.base_model} (recipe btx)."
+        )
     return True
 
 

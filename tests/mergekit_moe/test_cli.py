@@ -139,3 +139,18 @@ def test_options_of_the_other_kind_of_manifest(run: Any, manifest: Any, tmp_path
         "Error: Only mergekit-moe's manifests (base_model, experts with source_model) have --layout, --no-padding; "
         "leave them out.\n",
     )
+
+
+def test_composed(run: Any, manifest: Any, tmp_path: Path, make_model: Any) -> None:
+    path = manifest(family="gemma3_text", model={"head_dim": 8}, gate_mode="random")
+    outcome = run("build", path, tmp_path / "out")
+    assert outcome.exit_code == 2
+    assert "`coterie build --composed` writes a coterie model instead" in outcome.stderr
+    outcome = run("build", path, tmp_path / "out", "--composed")
+    base, one, two = (make_model("gemma3_text", seed=seed, head_dim=8) for seed in range(3))
+    names = ", ".join(f"{folder.name.lower()}/model" for folder in (one, two))
+    assert (outcome.exit_code, outcome.stderr) == (0, "")
+    assert outcome.stdout == (
+        f"Built {tmp_path / 'out'}: a coterie model of {names} around {base} (recipe btx).\n"
+    )
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["moe.yml", "out"]

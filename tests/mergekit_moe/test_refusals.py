@@ -159,7 +159,8 @@ def test_biases_behind_attention(config_of: Any) -> None:
         for layer in layers
         for role, cure in {
             "k": "; `architecture: qwen` keeps biases of q, k and v",
-            "o": ": no mixture class has a bias behind attention, and dropping it would change every answer",
+            "o": ": no mixture class has a bias behind attention; `coterie build --composed` keeps it in a coterie "
+            "model",
             "q": "; `architecture: qwen` keeps biases of q, k and v",
             "v": "; `architecture: qwen` keeps biases of q, k and v",
         }.items()
@@ -172,7 +173,7 @@ def test_biases_of_the_ffn(config_of: Any) -> None:
     assert len(found) == 18  # three layers of three linears, of two models; the base's FFNs are not read
     assert found[0] == (
         f"{config['experts'][0]['source_model']}: model.layers.0.mlp.gate_proj.bias is not zero, and the experts of no "
-        "mixture class have biases; compose the models with coterie's own recipes instead"
+        "mixture class have biases; `coterie build --composed` keeps them in a coterie model"
     )
 
 
@@ -213,8 +214,8 @@ def test_gemma(config_of: Any) -> None:
     config = config_of("gemma3_text", gate_mode="random", model={"head_dim": 8})
     found = problems_of(config)
     assert found[0] == (
-        "model_type 'gemma3_text': no mixture class of transformers has its blocks. Register the models (coterie "
-        "register takes whole models) and compose them with recipe 'btx' as a coterie model"
+        "model_type 'gemma3_text': no mixture class of transformers has its blocks; `coterie build "
+        "--composed` writes a coterie model instead"
     )
     assert found[1] == "Mixtral: takes models of type llama, mistral, phi3, not gemma3_text"
 
