@@ -171,11 +171,12 @@ class Router:
         length = float(np.linalg.norm(feature))
         if solved.unit_queries and length > 0:
             feature, length = feature / length, 1.0
-        coarse = solved.coarse @ feature.astype(np.float32) + solved.biases
-        kept = min(most + 1, len(coarse))
-        threshold = np.partition(coarse, -kept)[-kept]
+        coarse = solved.coarse @ feature.astype(np.float32)
+        coarse += solved.coarse_biases
+        threshold = _nth_highest(coarse, min(most + 1, len(coarse)))
         # of a float32 inner product of d terms (Higham, Accuracy and Stability, section 3.1), twice: for both sides
-        bound = 2 * (len(feature) + 2) * np.finfo(np.float32).eps * length * solved.longest
+        size = length * solved.longest + float(np.abs(solved.coarse_biases).max())
+        bound = 2 * (len(feature) + 3) * float(np.finfo(np.float32).eps) * size
         return np.flatnonzero(coarse >= threshold - bound)
 
 
@@ -187,6 +188,18 @@ def _groups(allowed: Flags, rows: int) -> list[tuple[Slots, Flags]]:
     for row, flags in enumerate(allowed):
         found.setdefault(flags.tobytes(), []).append(row)
     return [(np.array(members), allowed[members[0]]) for members in found.values()]
+
+
+def _nth_highest(values: NDArray[np.float32], n: int) -> float:
+    """Return the n-th highest value; a few scans are cheaper than a partition."""
+    taken = []
+    for _ in range(n):
+        position = int(values.argmax())
+        taken.append((position, values[position]))
+        values[position] = -np.inf
+    for position, value in taken:
+        values[position] = value
+    return float(taken[-1][1])
 
 
 def _wide(slots: Slots, weights: Array, width: int) -> tuple[Slots, Array]:

@@ -96,6 +96,11 @@ class Solved:
         return self.vectors.astype(np.float32)
 
     @cached_property
+    def coarse_biases(self) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+        """The biases in float32."""
+        return self.biases.astype(np.float32)
+
+    @cached_property
     def longest(self) -> float:
         """Length of the longest vector."""
         return float(np.linalg.norm(self.vectors, axis=1).max())
