@@ -52,11 +52,12 @@ def label_shares(
     if ties == "drop":
         shares[best.sum(axis=1) > 1] = 0.0
     elif ties == "own_domain":
-        if own not in experts:
+        if own is None or own not in experts:
             raise unknown_name("expert", str(own), experts)
-        mine = best[:, list(experts).index(own)]
+        column = list(experts).index(own)
+        mine = best[:, column]
         shares[mine] = 0.0
-        shares[mine, list(experts).index(own)] = 1.0
+        shares[mine, column] = 1.0
     return shares
 
 
