@@ -8,11 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experts.errors import TrainingError
 from experts.routing_artifacts import RoutingInfo
 from pipelines.experiments.settings import Experiment, ScratchAnchor
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from composer.model import ComposedForCausalLM
     from pipelines.baselines import BaselineContext
     from pipelines.evaluate import DomainWindows
-    from pipelines.train.progress import Progress
+    from pipelines.train import DomainJob
     from registry import Registry
     from registry.records import BaseRecord
 
@@ -227,33 +226,22 @@ class World:
         Raises:
             TrainingError: A job failed.
         """
-        import torch
-
-        from pipelines.train import DomainJob, train_jobs
-        from pipelines.train.hub import raise_failures
+        from pipelines.experiments.training import train_and_register
 
         names = {domain: f"{self.owner(domain)}/{variant}" for domain in self.experiment.domains}
-        known = {record.name for record in self.registry.experts()}
-        jobs = [
-            DomainJob.from_dict(self._job(domain, name, changes))
-            for domain, name in names.items()
-            if name not in known
-        ]
-        if jobs:
-            outcomes = train_jobs(
-                jobs,
-                out_dir=self.folder / "experts",
-                registry=self.registry,
-                runner=self.experiment.runner,
-                threads=torch.get_num_threads(),
-                progress=lambda report: self.tell(_describe(report)),
-            )
-            raise_failures(outcomes)
-            for outcome in outcomes:
-                if outcome.folder is None:
-                    raise TrainingError(f"{outcome.name} ended without an expert.")
-                self.registry.register(outcome.folder)
+        train_and_register(
+            {name: partial(self._domain_job, domain, name, changes) for domain, name in names.items()},
+            registry=self.registry,
+            out_dir=self.folder / "experts",
+            runner=self.experiment.runner,
+            tell=self.tell,
+        )
         return names
+
+    def _domain_job(self, domain: str, name: str, changes: Mapping[str, Any]) -> DomainJob:
+        from pipelines.train import DomainJob
+
+        return DomainJob.from_dict(self._job(domain, name, changes))
 
     def _job(self, domain: str, name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
         budget = self.experiment.experts
@@ -333,9 +321,3 @@ def _write_jsonl(path: Path, documents: Sequence[str]) -> Path:
     with path.open("w", encoding="utf-8") as lines:
         lines.writelines(json.dumps({"text": text}) + "\n" for text in documents)
     return path
-
-
-def _describe(report: Progress) -> str:
-    step = report.scalars.get("step")
-    position = f", step {step} of {report.scalars.get('steps')}" if step else ""
-    return f"{report.name}: {report.stage}{position}"

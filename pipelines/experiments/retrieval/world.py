@@ -9,14 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from experts.errors import TrainingError
 from pipelines.experiments.retrieval.data import RetrievalData
 from pipelines.experiments.retrieval.settings import RetrieverExperiment
 from pipelines.retrieval.collection import Collection
@@ -27,7 +26,7 @@ from pipelines.retrieval.search import Vectors, search_exactly
 if TYPE_CHECKING:
     from pipelines.assets.pairs import Pair
     from pipelines.experiments.world import Tell
-    from pipelines.train.progress import Progress
+    from pipelines.train import DomainJob
     from registry import Registry
 
 __all__ = ["BASE", "Queries", "RetrieverWorld", "Weights"]
@@ -146,35 +145,21 @@ class RetrieverWorld:
         Raises:
             TrainingError: A job failed.
         """
-        import torch
+        from pipelines.experiments.training import train_and_register
 
-        from pipelines.train import DomainJob, train_jobs
-        from pipelines.train.hub import raise_failures
-
-        known = {record.name for record in self.registry.experts()}
-        jobs = [
-            DomainJob.from_dict(self._job(name, domain, pairs, steps=steps))
+        jobs = {
+            name: partial(self._domain_job, name, domain, pairs, steps=steps)
             for name, (domain, pairs) in wanted.items()
-            if name not in known
-        ]
-        outcomes = (
-            train_jobs(
-                jobs,
-                out_dir=self.folder / "experts",
-                registry=self.registry,
-                runner="local",
-                threads=torch.get_num_threads(),
-                progress=lambda report: self.tell(_describe(report)),
-            )
-            if jobs
-            else []
+        }
+        train_and_register(
+            jobs, registry=self.registry, out_dir=self.folder / "experts", runner="local", tell=self.tell
         )
-        raise_failures(outcomes)
-        for outcome in outcomes:
-            if outcome.folder is None:
-                raise TrainingError(f"{outcome.name} ended without an expert.")
-            self.registry.register(outcome.folder)
         return {domain: name for name, (domain, _) in wanted.items()}
+
+    def _domain_job(self, name: str, domain: str, pairs: Sequence[Pair], *, steps: int) -> DomainJob:
+        from pipelines.train import DomainJob
+
+        return DomainJob.from_dict(self._job(name, domain, pairs, steps=steps))
 
     def _job(self, name: str, domain: str, pairs: Sequence[Pair], *, steps: int) -> dict[str, Any]:
         settings = self.experiment
@@ -329,9 +314,3 @@ class RetrieverWorld:
                 [[column[query] for column in columns] for query in owned.labelled.queries]
             )
         return found
-
-
-def _describe(report: Progress) -> str:
-    step = report.scalars.get("step")
-    position = f", step {step} of {report.scalars.get('steps')}" if step else ""
-    return f"{report.name}: {report.stage}{position}"
