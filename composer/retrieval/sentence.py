@@ -22,7 +22,7 @@ from composer.retrieval.router import Decision
 __all__ = ["Retriever", "RoutedTransformer"]
 
 
-_TOKENIZING = threading.Lock()
+_TOKENIZING = threading.RLock()
 """A fast tokenizer is set up for padding and cutting off before every call, and refuses that while another one runs."""
 
 
