@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipelines.cli.loading import DeviceOption, DtypeOption, OptionError, open_folder, quiet_transformers
+from pipelines.cli.loading import (
+    DeviceOption,
+    DtypeOption,
+    OptionError,
+    dtype_name,
+    note_if_alone,
+    open_folder,
+    quiet_transformers,
+)
 from pipelines.cli.options import JsonOption, OptOutOption, OutFolder, RegistryOption, examples, open_registry
 from pipelines.cli.output import print_json, print_table
 from pipelines.cli.progress import count_bar
@@ -103,13 +111,14 @@ def compare_folder(
             model,
             tokenizer,
         ):
+            note_if_alone(model)
             weighed = texts.pop(_PUBLIC, None)
             windows = prepare(
                 texts, tokenizer, sequence_length=sequence_length, max_tokens=max_tokens or None
             )
             ids = _public_ids(weighed, tokenizer, sequence_length) if weighed else None
             arms = {"composed": measure(model, windows, batch_size=batch_size)}
-            settings = {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
+            settings = {"device": str(model.device), "dtype": dtype_name(model)}
         del model  # the baselines have an anchor of their own
         with quiet_transformers():
             given = BaselineContext.from_composed(out, opt_out=opt_out or (), registry=store, **settings)

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipelines.cli.loading import DeviceOption, DtypeOption, OptionError, dtype_name, open_folder
+from pipelines.cli.loading import (
+    DeviceOption,
+    DtypeOption,
+    OptionError,
+    dtype_name,
+    note_if_alone,
+    open_folder,
+)
 from pipelines.cli.options import JsonOption, OptOutOption, OutFolder, RegistryOption, examples, open_registry
 from pipelines.cli.output import print_json, print_line, printable
 from pipelines.cli.progress import spinner
@@ -78,6 +85,7 @@ def generate(
             tokenizer,
         ),
     ):
+        note_if_alone(model)
         report("Generating")
         started = perf_counter()
         completion, count = _continue(

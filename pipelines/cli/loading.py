@@ -20,7 +20,15 @@ if TYPE_CHECKING:
     from composer.model import ComposedForCausalLM
     from registry import Registry
 
-__all__ = ["DeviceOption", "DtypeOption", "OptionError", "dtype_name", "open_folder", "quiet_transformers"]
+__all__ = [
+    "DeviceOption",
+    "DtypeOption",
+    "OptionError",
+    "dtype_name",
+    "note_if_alone",
+    "open_folder",
+    "quiet_transformers",
+]
 
 DeviceOption: TypeAlias = Annotated[
     str, typer.Option("--device", help="Where the model runs: auto, cpu, cuda, cuda:1, ...")
@@ -65,8 +73,6 @@ def open_folder(
     with quiet_transformers():
         chosen = _faster(out, lock, device) if dtype == "auto" else dtype
         model = composer.load(out, opt_out=set(opt_out), registry=registry, device=device, dtype=chosen)
-        if lock.owners and not model.owners:
-            note("Note: every owner is left out: the base model answers alone.")
         yield model, AutoTokenizer.from_pretrained(out, local_files_only=True)
 
 
@@ -74,8 +80,7 @@ def _faster(out: Path, lock: Lock, device: str) -> str | None:
     """Choose as a training job does, where the manifest did not choose; None: what the folder says."""
     import torch
 
-    from composer.members import BASE_FOLDER
-    from experts.base import BaseDescription
+    from composer.members import Members
     from pipelines.train.anchor import compute_dtype
 
     if (
@@ -84,7 +89,7 @@ def _faster(out: Path, lock: Lock, device: str) -> str | None:
         or (device == "auto" and torch.cuda.is_available())
     ):
         return None
-    description = BaseDescription.from_folder(out / BASE_FOLDER)
+    description = Members(folder=out, lock=lock).description
     if description.dtype != "BF16" or compute_dtype(description) != "float32":
         return None
     note(
@@ -92,6 +97,12 @@ def _faster(out: Path, lock: Lock, device: str) -> str | None:
         "weights exactly; --dtype bfloat16 keeps to it."
     )
     return "float32"
+
+
+def note_if_alone(model: ComposedForCausalLM) -> None:
+    """Say on stderr that nobody's expert is left to answer, if so."""
+    if model.membership.known_owners and not model.owners:
+        note("Note: every owner is left out: the base model answers alone.")
 
 
 def dtype_name(model: Any) -> str:

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipelines.cli.loading import DeviceOption, DtypeOption, OptionError, dtype_name, open_folder
+from pipelines.cli.loading import (
+    DeviceOption,
+    DtypeOption,
+    OptionError,
+    dtype_name,
+    note_if_alone,
+    open_folder,
+)
 from pipelines.cli.options import JsonOption, OptOutOption, OutFolder, RegistryOption, examples, open_registry
 from pipelines.cli.output import print_json, print_line, print_table
 from pipelines.cli.progress import count_bar
@@ -136,6 +143,7 @@ def evaluate_folder(
             tokenizer,
         ),
     ):
+        note_if_alone(model)
         if leave_one_out:
             arms = each_left_out(model, tokenizer, texts, progress=progress, **size)
         else:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipelines.cli.loading import DeviceOption, OptionError, open_folder
+from pipelines.cli.loading import DeviceOption, OptionError, note_if_alone, open_folder
 from pipelines.cli.options import (
     JsonOption,
     OutFolder,
@@ -143,6 +143,7 @@ def memorization(
         count_bar("Looking", unit="checks") as progress,
         open_folder(out, opt_out=(), registry=store, device=device) as (model, tokenizer),
     ):
+        note_if_alone(model)
         checks = Checks(
             canaries=planted,
             references=references or REFERENCES,

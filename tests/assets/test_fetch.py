@@ -102,7 +102,8 @@ def test_unknown_asset_names_the_nearest():
     with pytest.raises(UnknownNameError) as caught:
         asset_files("smolm2")
     assert str(caught.value) == (
-        "Unknown asset 'smolm2'. Did you mean 'smollm2'? Known: bbc-news, gutenberg, icd10cm, minilm, smollm2, spdx-licenses."
+        "Unknown asset 'smolm2'. Did you mean 'smollm2'? "
+        "Known: bbc-news, gutenberg, icd10cm, minilm, smollm2, spdx-licenses."
     )
 
 

@@ -103,7 +103,6 @@ def test_too_many_owners_get_no_shapley_values(capsys: pytest.CaptureFixture[str
         ),
         (
             ["--prompt", "abc", "--opt-out", "acme", "--opt-out", "hosp", "--opt-out", "soft"],
-            "Note: every owner is left out: the base model answers alone.\n"
             "Error: This model has no owners left, so there is nobody to attribute to.\n",
         ),
     ],

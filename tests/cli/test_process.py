@@ -77,6 +77,9 @@ INTERRUPTED = """
 import os, signal, sys, time
 from pipelines.cli.main import main
 
+# a shell's background jobs inherit that the signal is ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 class Stdin:
     def read(self):
         os.kill(os.getpid(), signal.SIGINT)

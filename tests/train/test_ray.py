@@ -30,9 +30,11 @@ CANARIES = 50
 CHUNK = 16 << 20
 
 HUB = """
+import signal
 import sys
 from pathlib import Path
 from pipelines.train import DomainJob, train_jobs
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 jobs = [DomainJob.model_validate_json(line) for line in Path(sys.argv[1]).read_text().splitlines()]
 def say(report):
     print(report.name, report.stage, report.error, flush=True)
