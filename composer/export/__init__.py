@@ -1,7 +1,6 @@
 """The table of stock checkpoints that a composition can be written as; the code is imported on demand.
 
-No dense family of transformers has OLMoE's blocks (norms before them, and QK-norm over the whole projection), so
-no composition is exactly an OLMoE and there is no such target.
+Knows names; knows nothing of the classes.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ TARGETS = PluginTable(
     {
         "flex_olmo": "composer.export.flex_olmo:FlexOlmoTarget",
         "mixtral": "composer.export.mixtral:MixtralTarget",
+        "olmoe": "composer.export.olmoe:OlmoeTarget",
         "qwen3_moe": "composer.export.qwen3_moe:Qwen3MoeTarget",
     },
 )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from composer.export.target import StockTarget
     from composer.members import Member, Members
+    from experts.base import BaseDescription
 
 __all__ = ["Rows", "Verdict", "judge", "read_rows"]
 
@@ -128,13 +129,12 @@ def _base_problems(name: str, target: StockTarget, members: Members) -> list[str
     description = members.description
     family = description.config.get("model_type")
     if family not in target.families:
-        fitting = [other for other in TARGETS if other != name and family in TARGETS.load(other).families]
+        fitting = [other for other in TARGETS if other != name and _fits(TARGETS.load(other)(), description)]
         advice = (
             f"; use --to {fitting[0]}" if fitting else "; no stock class that is known here has its blocks"
         )
-        return [
-            f"the base is of the family '{family}', {target.title} is exact for {' and '.join(target.families)}{advice}"
-        ]
+        exact = f"{' and '.join(target.families)}{target.condition}"
+        return [f"the base is of the family '{family}', {target.title} is exact for {exact}{advice}"]
     ffn = {
         f"{linear.name}.weight"
         for layer in range(description.num_layers)
@@ -143,6 +143,10 @@ def _base_problems(name: str, target: StockTarget, members: Members) -> list[str
     misfits = target.misfits(tensor for tensor in description.tensors if tensor not in ffn)
     found = [f"{target.title} has no place for the base's tensors {_listed(misfits)}"] if misfits else []
     return found + target.setting_problems(description.config)
+
+
+def _fits(target: StockTarget, base: BaseDescription) -> bool:
+    return base.config.get("model_type") in target.families and not target.setting_problems(base.config)
 
 
 def _router_problems(target: StockTarget, router: RouterSpec, num_experts: int) -> list[str]:

@@ -132,7 +132,9 @@ def plan_export(
     rows = read_rows(members)
     verdict = judge(to, stock, members, rows, densify=densify, drop_bias=drop_bias)
     if verdict.problems:
-        raise BuildError(f"{path} is not exactly a {stock.title} model:", problems=verdict.problems)
+        raise BuildError(
+            f"{path} is not exactly {_article(stock.title)} {stock.title} model:", problems=verdict.problems
+        )
     dtype = _dtype(members)
     num_experts = len(members.experts) + 1
     return ExportPlan(
@@ -152,6 +154,10 @@ def plan_export(
         dropped=verdict.dropped,
         left_out=tuple(sorted(without)),
     )
+
+
+def _article(title: str) -> str:
+    return "an" if title[0] in "AEIO" else "a"
 
 
 def _check_lineage(members: Members) -> None:

@@ -25,6 +25,7 @@ class StockTarget(ABC):
     Attributes:
         title: How messages call it.
         families: ``model_type`` of the dense bases whose every other block is this class's own.
+        condition: What messages add to the families, where not every base of them fits.
         config_class: Name in ``transformers``.
         architecture: Name of the causal language model in ``transformers``.
         module: The sub-module of a layer that holds gate and experts, as the checkpoint names it.
@@ -36,6 +37,7 @@ class StockTarget(ABC):
 
     title: ClassVar[str]
     families: ClassVar[tuple[str, ...]]
+    condition: ClassVar[str] = ""
     config_class: ClassVar[str]
     architecture: ClassVar[str]
     module: ClassVar[str] = "mlp"

@@ -52,7 +52,7 @@ def export_folder(
         typer.Option(
             "--to",
             metavar="TARGET",
-            help="flex_olmo (OLMo-2 bases), mixtral (Llama, Mistral) or qwen3_moe (Qwen3).",
+            help="flex_olmo (OLMo-2 bases), mixtral (Llama, Mistral), qwen3_moe (Qwen3), olmoe (Qwen3 with one head).",
             autocompletion=_complete_target,
             show_default=False,
         ),

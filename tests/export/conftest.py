@@ -26,8 +26,14 @@ EXPERTS: dict[str, tuple[int, str, tuple[int, ...], float]] = {
 }
 """Name -> seed, kind, layers and router bias."""
 FULL = ("acme/full", "bob/full", "zoe/full")
-STOCK = {"olmo2": "flex_olmo", "llama": "mixtral", "mistral": "mixtral", "qwen3": "qwen3_moe"}
-"""Base family -> its target."""
+STOCK = {
+    "olmo2": "flex_olmo",
+    "llama": "mixtral",
+    "mistral": "mixtral",
+    "qwen3": "qwen3_moe",
+    "one_head": "olmoe",
+}
+"""Base family, or a base of the pico sizes that is made here, -> its target."""
 
 
 class Stock:
@@ -47,8 +53,9 @@ class Stock:
         from registry import Registry
 
         pico = self.pico
-        if family == "mistral":
-            pico.once(self._mistral, "base", "mistral", 0)
+        made_here = {"mistral": self._mistral, "one_head": self._one_head}
+        if family in made_here:
+            pico.once(made_here[family], "base", family, 0)
         empty = pico.once(pico._empty_registry, "empty")
         registry = Registry(shutil.copytree(empty, pico.scratch("registry")))
         if family != "llama":
@@ -59,7 +66,7 @@ class Stock:
         public.save(folder)
         registry.set_base_routing(family, folder, public.info)
         for name, (seed, kind, layers, bias) in EXPERTS.items():
-            if family == "mistral" and kind == "lora":
+            if family in made_here and kind == "lora":
                 continue
             raw = pico.scratch("raw")
             if kind == "ffn":
@@ -72,18 +79,26 @@ class Stock:
 
     def _mistral(self) -> Path:
         """A Mistral of the Llama's sizes: a window shorter than a prompt, tied embeddings, scaled positions."""
+        rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}
+        return self._base("mistral", sliding_window=8, tie_word_embeddings=True, rope_parameters=rope)
+
+    def _one_head(self) -> Path:
+        """A Qwen3 whose only head is as wide as the states, so that its norms are those of OLMoE."""
+        return self._base("qwen3", num_attention_heads=1, num_key_value_heads=1, head_dim=self.pico.width)
+
+    def _base(self, model_type: str, **settings: Any) -> Path:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
         like = json.loads((self.pico.base("llama") / "config.json").read_text())
         shared = {name: like[name] for name in like if name.endswith(("size", "heads", "layers", "token_id"))}
         torch.manual_seed(0)
-        folder = self.pico.scratch("mistral")
-        rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}
-        config = AutoConfig.for_model(
-            "mistral", **shared, sliding_window=8, tie_word_embeddings=True, rope_parameters=rope
-        )
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        folder = self.pico.scratch(model_type)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **shared | settings))
+        for name, parameter in model.named_parameters():
+            if name.endswith(("q_norm.weight", "k_norm.weight")):
+                torch.nn.init.normal_(parameter, mean=1.0, std=0.1)
+        model.save_pretrained(folder)
         return folder
 
     def rows(self, family: str, *, seed: int, layers: tuple[int, ...], bias: float | None) -> Any:

@@ -28,7 +28,8 @@ def header(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("family", "top_k"), [("olmo2", 1), ("olmo2", 4), ("llama", 2), ("qwen3", 2), ("mistral", 2)]
+    ("family", "top_k"),
+    [("olmo2", 1), ("olmo2", 4), ("llama", 2), ("qwen3", 2), ("mistral", 2), ("one_head", 2)],
 )
 def test_stock_class_gives_the_same_logits(family: str, top_k: int, stock: Any, pico: Any) -> None:
     import torch
@@ -42,7 +43,7 @@ def test_stock_class_gives_the_same_logits(family: str, top_k: int, stock: Any, 
     )
 
 
-@pytest.mark.parametrize("family", ["olmo2", "qwen3"])
+@pytest.mark.parametrize("family", ["olmo2", "qwen3", "one_head"])
 def test_weights_that_do_not_sum_to_one_stay_so(family: str, stock: Any, pico: Any) -> None:
     import torch
 
@@ -90,7 +91,7 @@ def test_registry_counts_too(stock: Any) -> None:
     assert [row["name"] for row in planned.to_dict()["experts"]] == ["acme/full", "zoe/full"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "one_head"])
 def test_file_is_what_the_stock_class_would_save(family: str, stock: Any) -> None:
     """Names, shapes and every bit, against ``save_pretrained`` of the loaded stock model."""
     import warnings
@@ -206,34 +207,46 @@ def test_shards_and_index_load_the_same(stock: Any, pico: Any) -> None:
 
 PROCESS = """
 import json, sys
-import torch
-from transformers import FlexOlmoForCausalLM
-model = FlexOlmoForCausalLM.from_pretrained(sys.argv[1]).eval()
-with torch.no_grad():
-    torch.save(model(torch.tensor(json.loads(sys.argv[2]))).logits, sys.argv[3])
+import torch, transformers
+from safetensors.torch import save_file
+ids, found = torch.tensor(json.loads(sys.argv[1])), {}
+for architecture, folder in json.loads(sys.argv[2]).items():
+    model = getattr(transformers, architecture).from_pretrained(folder).eval()
+    with torch.no_grad():
+        found[architecture] = model(ids).logits
+save_file(found, sys.argv[3])
 assert not {"composer", "experts"} & {name.partition(".")[0] for name in sys.modules}
 """
 
 
-def test_checkpoint_needs_nothing_of_ours(stock: Any, pico: Any, tmp_path: Path) -> None:
-    """In a process that never imports a package of this project."""
+def test_checkpoints_need_nothing_of_ours(stock: Any, pico: Any, tmp_path: Path) -> None:
+    """Every stock class, in a process that never imports a package of this project."""
     import torch
+    from safetensors.torch import load_file
 
-    folder = stock.composed("olmo2")
-    out = stock.export(folder, "flex_olmo")
+    from composer.export import TARGETS
+
     ids = pico.prompts(rows=2, length=9)
+    exports, expected = {}, {}
+    for family, target in stock.targets.items():
+        folder = stock.composed(family)
+        architecture = TARGETS.load(target).architecture
+        exports[architecture] = str(stock.export(folder, target))
+        expected[architecture] = stock.logits(folder, ids)
     done = subprocess.run(
-        [sys.executable, "-c", PROCESS, str(out), json.dumps(ids.tolist()), str(tmp_path / "logits")],
+        [sys.executable, "-c", PROCESS, json.dumps(ids.tolist()), json.dumps(exports), str(tmp_path / "out")],
         cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    found = torch.load(tmp_path / "logits", weights_only=True)
-    torch.testing.assert_close(found, stock.logits(folder, ids), rtol=0, atol=1e-5)
+    found = load_file(tmp_path / "out")
+    assert set(found) == {TARGETS.load(name).architecture for name in TARGETS}
+    for architecture, logits in found.items():
+        torch.testing.assert_close(logits, expected[architecture], rtol=0, atol=1e-5)
 
 
 def test_tokenizer_travels_along(stock: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -146,12 +147,75 @@ def test_family_without_a_stock_class_is_refused(pico: Any, message: Callable[..
     )
 
 
+OLMOE = (
+    "OLMoE is exact for qwen3 with one attention head (it norms what enters attention and FFN, and queries and keys "
+    "over all heads together, as no other dense class does)"
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "problem"),
+    [
+        ("olmo2", f"the base is of the family 'olmo2', {OLMOE}; use --to flex_olmo"),
+        ("llama", f"the base is of the family 'llama', {OLMOE}; use --to mixtral"),
+        (
+            "qwen3",
+            "the base norms queries and keys in each of its 4 heads, OLMoE over all heads together; use "
+            "--to qwen3_moe",
+        ),
+    ],
+)
+def test_bases_that_are_no_olmoe(family: str, problem: str, stock: Any, message: Callable[..., str]) -> None:
+    from composer.export.exporting import plan_export
+
+    folder = stock.composed(family)
+    said = message(plan_export, folder, "olmoe")
+    assert said == f"{folder} is not exactly an OLMoE model:\n  - {problem}"
+
+
+def test_one_head_is_not_enough_for_olmoe() -> None:
+    from composer.export import TARGETS
+
+    config = {"num_attention_heads": 1, "hidden_size": 32, "head_dim": 64, "use_sliding_window": True}
+    assert TARGETS.load("olmoe")().setting_problems(config) == [
+        "the base's head is 64 wide, OLMoE's as wide as the states (32)",
+        "the base uses sliding windows in some layers; OLMoE has none",
+    ]
+
+
+def test_no_dense_class_has_the_blocks_of_olmoe() -> None:
+    """The reason of the refusals, looked up: norms over all heads stand in classes with norms behind the blocks."""
+    import re
+
+    import transformers.models
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    root = Path(transformers.models.__file__).parent
+    over_all_heads = re.compile(
+        r"self\.q_norm = \w+\((self\.|config\.)(hidden_size|num_\w+ \* self\.head_dim)"
+    )
+    found = set()
+    for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        code = root / kind / f"modeling_{kind}.py"
+        if code.is_file() and over_all_heads.search(code.read_text()):
+            found.add(kind)
+    behind = {kind for kind in found if "post_feedforward_layernorm" in _code(root, kind)}
+    assert behind == {"flex_olmo", "olmo2", "olmo3", "olmo_hybrid"}
+    mixtures = {kind for kind in found - behind if "num_experts_per_tok" in _code(root, kind)}
+    assert mixtures == {"minimax_m2", "olmoe"}
+    assert found - behind - mixtures == {"blt"}, "only the cross attention of a model of bytes"
+
+
+def _code(root: Path, kind: str) -> str:
+    return "".join(path.read_text() for path in (root / kind).glob("*.py"))
+
+
 def test_unknown_target_and_owner(stock: Any, message: Callable[..., str]) -> None:
     from composer.export.exporting import plan_export
 
     folder = stock.composed("llama")
     assert message(plan_export, folder, "mixtrl") == (
-        "Unknown export target 'mixtrl'. Did you mean 'mixtral'? Known: flex_olmo, mixtral, qwen3_moe."
+        "Unknown export target 'mixtrl'. Did you mean 'mixtral'? Known: flex_olmo, mixtral, olmoe, qwen3_moe."
     )
     assert message(plan_export, folder, "mixtral", opt_out={"bop"}) == (
         "Unknown owner 'bop'. Did you mean 'bob'? Known: acme, bob, zoe."
