@@ -121,6 +121,17 @@ class TrunkSpec(_Strict):
     parameters: dict[str, float | int | str | bool | dict[str, float]] = {}
     """Settings of the method; one value, or values by ``owner/expert`` where the method allows it."""
 
+    @field_validator("parameters", mode="before")
+    @classmethod
+    def _plain(cls, value: Any) -> Any:
+        for key, one in value.items() if isinstance(value, dict) else ():
+            if isinstance(one, list) or one is None:
+                raise ValueError(
+                    f"'{key}' is {'a list' if one else 'empty'}; write one value for all layers, or values by "
+                    "owner/expert"
+                )
+        return value
+
     def without(self, names: Collection[str]) -> TrunkSpec:
         """Return what is left of it when experts leave: as if it had never named them."""
 
@@ -162,6 +173,11 @@ class UpcycleSpec(_Strict):
     @field_validator("trunk", mode="before")
     @classmethod
     def _short_form(cls, value: Any) -> Any:
+        if isinstance(value, str) and value not in ("average", "frozen"):
+            raise ValueError(
+                f"'{value}' is neither 'frozen' nor 'average'; other ways to merge are mappings, for instance "
+                "{method: ties, parameters: {density: 0.5}}"
+            )
         return {"method": "average"} if value == "average" else value
 
 

@@ -18,7 +18,16 @@ from experts.names import unknown_name
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["AVERAGE", "BASE", "METHODS", "MergeMethod", "merge_problems", "merge_tensors"]
+__all__ = [
+    "AVERAGE",
+    "BASE",
+    "COUNTS",
+    "METHODS",
+    "SWITCHES",
+    "MergeMethod",
+    "merge_problems",
+    "merge_tensors",
+]
 
 AVERAGE = "average"
 """The weighted mean, summed in float32 in the order given; needs no mergekit."""
@@ -77,6 +86,24 @@ METHODS: dict[str, MergeMethod] = {
     "ties": _arithmetic(),
 }
 """Every method by mergekit's name, and `AVERAGE`."""
+
+SWITCHES = frozenset(
+    {
+        "filter_wise",
+        "int8_mask",
+        "normalize",
+        "normalize_weights",
+        "nuslerp_flatten",
+        "nuslerp_row_wise",
+        "rescale",
+    }
+)
+"""Settings that are true or false."""
+COUNTS = frozenset({"max_iter"})
+"""Settings that are whole numbers; all others are numbers."""
+_SHARES = frozenset({"density", "select_topk"})
+"""Numbers that say which part of a difference is kept."""
+
 
 
 def merge_problems(
@@ -151,12 +178,31 @@ def _setting_problems(
     if isinstance(value, Mapping):
         if key not in found.each:
             return [f"parameters: '{key}' of method '{method}' is one value for all models"]
-        return [
+        strangers = [
             f"parameters.{key}: {unknown_name('model', name, models)}" for name in value if name not in models
         ]
-    if isinstance(value, float) and not math.isfinite(value):
-        return [f"parameters: '{key}' is {value}; a finite number is needed"]
-    return []
+        return strangers + [
+            f"parameters.{key}: '{name}' is {one!r}; {wanted} is needed"
+            for name, one in value.items()
+            if (wanted := _wanted(key, one))
+        ]
+    wanted = _wanted(key, value)
+    return [f"parameters: '{key}' is {value!r}; {wanted} is needed"] if wanted else []
+
+
+def _wanted(key: str, value: object) -> str | None:
+    """Return what a setting's value should be; None where it is that already."""
+    if key in SWITCHES:
+        return None if isinstance(value, bool) else "true or false"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "a whole number" if key in COUNTS else "a number"
+    if not math.isfinite(value):
+        return "a finite number"
+    if key in COUNTS:
+        return None if isinstance(value, int) and value > 0 else "a whole number above 0"
+    if key in _SHARES and not 0 < value <= 1:
+        return "a number above 0 and at most 1"
+    return None
 
 
 def merge_tensors(

@@ -53,9 +53,9 @@ def _describe(model: type[BaseModel], data: object, record: ErrorDetails) -> _Mi
         text = "missing"
     else:
         text = _sentence(record)
-    return _Mistake(
-        path=path, text=f": {text}" if path else text, wrong_branch=branched and kind.endswith("_type")
-    )
+    # a mapping is never meant to be one of a few words
+    elsewhere = kind.endswith("_type") or (kind == "literal_error" and isinstance(record["input"], Mapping))
+    return _Mistake(path=path, text=f": {text}" if path else text, wrong_branch=branched and elsewhere)
 
 
 def _locate(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from composer.merging import AVERAGE, METHODS, merge_problems, merge_tensors
+from composer.merging import AVERAGE, COUNTS, METHODS, SWITCHES, merge_problems, merge_tensors
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +40,9 @@ def test_table_is_mergekits(mergekit: Any) -> None:
         assert (name, ours.base) == (name, policies[contract.base])
         assert (name, ours.weighted) == (name, "weight" in each)
         assert (name, set(ours.settings), set(ours.each)) == (name, shared, each - {"weight"})
+        types = {p.name: p.value_type for p in spec.parameters}
+        assert {key for key, kind in types.items() if kind is bool} == SWITCHES & types.keys(), name
+        assert {key for key, kind in types.items() if kind is int} == COUNTS & types.keys(), name
         missing = {p.name for p in spec.parameters if p.default is MISSING} - {"weight"}
         assert (name, set(ours.needed)) == (name, missing)
         alone = int(ours.base == "needed")  # mergekit counts the base among the inputs
@@ -175,6 +178,29 @@ def test_settings_of_each_model(tensors: dict[str, Any], mergekit: Any) -> None:
         (
             {"method": "average", "base": False, "weights": {"acme/a": 1.0, "bob/b": -1.0}},
             ["weights: they sum to 0; their mean is not defined"],
+        ),
+        (
+            {"parameters": {"density": "x", "lambda": float("nan"), "normalize": 1, "rescale": "yes"}},
+            [
+                "parameters: 'density' is 'x'; a number is needed",
+                "parameters: 'lambda' is nan; a finite number is needed",
+                "parameters: 'normalize' is 1; true or false is needed",
+                "parameters: 'rescale' is 'yes'; true or false is needed",
+            ],
+        ),
+        (
+            {"parameters": {"density": {"acme/a": -0.5, "bob/b": True}}},
+            [
+                "parameters.density: 'acme/a' is -0.5; a number above 0 and at most 1 is needed",
+                "parameters.density: 'bob/b' is True; a number is needed",
+            ],
+        ),
+        (
+            {"method": "karcher", "parameters": {"max_iter": 0, "tol": True}},
+            [
+                "parameters: 'max_iter' is 0; a whole number above 0 is needed",
+                "parameters: 'tol' is True; a number is needed",
+            ],
         ),
         (
             {"parameters": {"lambda": {"acme/a": 1.0}, "density": {"acme/x": 1.0}}},
