@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from pipelines.train.job import DomainJob
     from registry import Registry
 
-__all__ = ["ResolvedBase", "compute_dtype", "load_anchor", "resolve_base"]
+__all__ = ["ResolvedBase", "compute_dtype", "load_anchor", "resolve_base", "statistics_layer"]
 
 _FLOAT32_LIMIT = 4 << 30
 """Bytes of a float32 anchor beyond which memory matters more than speed."""
@@ -183,6 +184,19 @@ def load_anchor(base: ResolvedBase, *, dtype: str | None) -> tuple[nn.Module, An
     model.requires_grad_(False)
     model.eval()
     return model, AutoTokenizer.from_pretrained(base.folder, local_files_only=True)
+
+
+def statistics_layer(job: DomainJob, base: ResolvedBase) -> int:
+    """Return the layer whose incoming states a job's statistics are of.
+
+    The first trained one; for a whole model, of which every layer is trained, where the base's public statistics are,
+    or else the middle, where adapters of the upper half have theirs.
+    """
+    num_layers = base.description.num_layers
+    if job.kind != "dense":
+        return job.layer_numbers(num_layers)[0]
+    public = base.routing_info.statistics if base.routing_info else None
+    return public.layer if public else num_layers // 2
 
 
 def compute_dtype(description: BaseDescription) -> str:

@@ -33,7 +33,7 @@ from pipelines.train.rows import rows_digest
 from pipelines.train.starting_rows import starting_rows
 from pipelines.train.states import SplitDecoder, StateCache
 from pipelines.train.trainers import get_trainer
-from pipelines.train.trainers.base import TrainableLinear, WriteContext
+from pipelines.train.trainers.base import ExpertTrainer, TrainableLinear, WriteContext
 
 __all__ = ["ExpertRun"]
 
@@ -58,7 +58,9 @@ class ExpertRun:
         self.base = base
         self.corpus = corpus
         self.layers = job.layer_numbers(base.description.num_layers)
-        self.trainer = get_trainer(job.kind)(rank=job.rank, alpha=job.alpha or float(job.rank))
+        trainer = get_trainer(job.kind)(rank=job.rank, alpha=job.alpha or float(job.rank))
+        assert isinstance(trainer, ExpertTrainer), "the worker asked"
+        self.trainer = trainer
         self._model = model
         self._ids = corpus.ids
         self._split = SplitDecoder(model, layers_prefix=base.description.layers_prefix, first=self.layers[0])

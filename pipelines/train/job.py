@@ -137,6 +137,20 @@ _PAPER: Mapping[str, Any] = {
 learning rate and number of steps are those of a 7B model, so they are left to the job."""
 
 
+_PARTIAL_FIELDS = (
+    "rank",
+    "alpha",
+    "cache_gigabytes",
+    "coordination",
+    "bias",
+    "row_init",
+    "row_centre",
+    "row_rotation",
+    "row_negatives",
+)
+"""Fields of a job that say nothing about a whole model."""
+
+
 class DomainJob(_Settings):
     """A training job. Relative paths are relative to the job file."""
 
@@ -159,11 +173,11 @@ class DomainJob(_Settings):
     base: str
     """The public anchor: a base's name in the registry, or the path of a checkpoint folder."""
     kind: str = "lora"
-    """``lora``: low-rank matrices on the FFN linears; ``ffn``: the FFN matrices themselves; ``retriever``: low-rank
-    matrices on the query side of an embedding model; or a plug-in's name."""
+    """``lora``: low-rank matrices on the FFN linears; ``ffn``: the FFN matrices themselves; ``dense``: the whole model;
+    ``retriever``: low-rank matrices on the query side of an embedding model; or a plug-in's name."""
     layers: str | tuple[Annotated[int, Field(ge=0, strict=True)], ...] = "upper-half"
     """``all``, ``upper-half``, ranges such as ``15-29`` or ``3,7-9``, or a list. Everything below the first of
-    them is run once and kept, so high layers train faster."""
+    them is run once and kept, so high layers train faster. Of a whole model all are trained."""
     rank: Integer = Field(default=16, ge=1, le=4096)
     """Rank of low-rank experts."""
     alpha: Number | None = Field(default=None, gt=0)
@@ -189,7 +203,8 @@ class DomainJob(_Settings):
     steps: Count = 200
     """Steps of the optimiser."""
     learning_rate: Number | None = Field(default=None, gt=0)
-    """Peak rate; by default the trainer's own (2e-3 for ``lora``, 1e-4 for ``ffn``, 1e-3 for ``retriever``)."""
+    """Peak rate; by default the trainer's own (2e-3 for ``lora``, 1e-4 for ``ffn``, 5e-5 for ``dense``, 1e-3 for
+    ``retriever``)."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     """After the warm-up: a cosine to a tenth of the peak, constant, or a straight line to nothing."""
     weight_decay: Number = Field(default=0.0, ge=0)
@@ -237,6 +252,8 @@ class DomainJob(_Settings):
     def _write_preset_out(cls, data: Any) -> Any:
         if isinstance(data, Mapping) and data.get("kind") == "retriever":
             return with_retriever_defaults(data)
+        if isinstance(data, Mapping) and data.get("kind") == "dense":
+            data = {"layers": "all", **data}
         if not isinstance(data, Mapping) or data.get("preset") != "paper":
             return data
         named = dict(_PAPER)
@@ -324,7 +341,7 @@ class DomainJob(_Settings):
             problems.append("row_negatives needs coordination and a public_fraction above 0")
         if self.row_init == "random" and (self.row_centre or self.row_rotation is not None):
             problems.append("row_centre and row_rotation change rows that say something; row_init is random")
-        problems += self._retrieval_problems()
+        problems += self._retrieval_problems() + self._dense_problems()
         if self.preset == "paper" and self.retrieval is None and "row_init" not in self.model_fields_set:
             problems.append(
                 "the preset 'paper' starts rows at an embedding of the domain: give row_init the folder of a "
@@ -333,6 +350,16 @@ class DomainJob(_Settings):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _dense_problems(self) -> list[str]:
+        if self.kind != "dense":
+            return []
+        fields = type(self).model_fields
+        idle = [name for name in _PARTIAL_FIELDS if getattr(self, name) != fields[name].default]
+        problems = [f"{', '.join(idle)}: not for whole models; leave them out"] if idle else []
+        if self.layers != "all":
+            problems.append("layers: of a whole model all are trained; leave them out")
+        return problems
 
     def _retrieval_problems(self) -> list[str]:
         if self.kind != "retriever":
@@ -406,9 +433,11 @@ class DomainJob(_Settings):
         if self.retrieval is not None:
             return self._retrieval_card_settings(self.retrieval)
         row_init = self.row_init if self.row_init in ("anchor", "random") else "sentence-transformer"
+        low_rank = (
+            {} if self.kind == "dense" else {"alpha": self.alpha or float(self.rank), "rank": self.rank}
+        )
         settings: dict[str, str | int | float | bool | None] = {
-            "alpha": self.alpha or float(self.rank),
-            "rank": self.rank,
+            **low_rank,
             "public_fraction": self.public_fraction,
             "sequence_length": self.sequence_length,
             "batch_size": self.batch_size,

@@ -14,13 +14,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experts.errors import CoterieError, TrainingError
-from pipelines.train.anchor import ResolvedBase, compute_dtype, load_anchor, resolve_base
+from pipelines.train.anchor import (
+    ResolvedBase,
+    compute_dtype,
+    load_anchor,
+    resolve_base,
+    statistics_layer,
+)
 from pipelines.train.job import DomainJob
 from pipelines.train.noisy_statistics import check_public_statistics
 from pipelines.train.progress import Progress, ProgressFn
 
 if TYPE_CHECKING:
     from experts.card import TrainingInfo
+    from pipelines.train.dense_run import DenseRun
     from pipelines.train.expert_run import ExpertRun
     from pipelines.train.loop import LoopResult
     from pipelines.train.retriever_run import RetrieverRun
@@ -154,20 +161,28 @@ def _checkpoint_path(job: DomainJob, *, base: ResolvedBase, corpus_digest: str) 
     return job.directory / f"checkpoint-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
 
 
-def _train(job: DomainJob, *, base: ResolvedBase, report: _Reporter) -> ExpertRun:
+def _train(job: DomainJob, *, base: ResolvedBase, report: _Reporter) -> ExpertRun | DenseRun:
     import torch
 
     from pipelines.train.corpus import read_corpus
+    from pipelines.train.dense_run import DenseRun
     from pipelines.train.expert_run import ExpertRun
+    from pipelines.train.trainers import get_trainer
+    from pipelines.train.trainers.base import ModelTrainer
 
     torch.manual_seed(job.seed)
     report("loading", steps=job.steps)
     dtype = job.dtype or compute_dtype(base.description)
-    model, tokenizer = load_anchor(base, dtype=dtype)
+    whole = issubclass(get_trainer(job.kind), ModelTrainer)
+    model, tokenizer = load_anchor(base, dtype="float32" if whole else dtype)
     report("reading")
     corpus = read_corpus(job, tokenizer)
     report("states", tokens=0, documents=corpus.own.documents)
-    run = ExpertRun(job, base=base, model=model, corpus=corpus)
+    run: ExpertRun | DenseRun
+    if whole:
+        run = DenseRun(job, base=base, model=model, corpus=corpus, dtype=dtype)
+    else:
+        run = ExpertRun(job, base=base, model=model, corpus=corpus)
     report("states", force=not run.cached, cached=int(run.cached))
     for done in run.prepare_states():
         report("states", tokens=done * job.sequence_length)
@@ -180,7 +195,12 @@ def _train(job: DomainJob, *, base: ResolvedBase, report: _Reporter) -> ExpertRu
 
 
 def _loop(
-    job: DomainJob, *, run: ExpertRun, checkpoint: Path, anchor_nll: float | None, report: _Reporter
+    job: DomainJob,
+    *,
+    run: ExpertRun | DenseRun,
+    checkpoint: Path,
+    anchor_nll: float | None,
+    report: _Reporter,
 ) -> LoopResult:
     from pipelines.train.loop import LoopSettings, one_pass, plan_batches, train
 
@@ -266,7 +286,7 @@ def check_job(job: DomainJob, *, base: ResolvedBase, version: int, out: Path) ->
         raise CoterieError(f"'{out}' exists already. Choose another folder for {job.name}, or remove it.")
     get_kind(job.kind).check_base(base.description)
     layers = job.layer_numbers(base.description.num_layers)
-    check_public_statistics(job, base.routing_info, layer=layers[0])
+    check_public_statistics(job, base.routing_info, layer=statistics_layer(job, base))
     ExpertCard.create(
         format_version=1,
         library_version="0",
@@ -288,7 +308,7 @@ def check_job(job: DomainJob, *, base: ResolvedBase, version: int, out: Path) ->
 def _publish(
     job: DomainJob,
     *,
-    run: ExpertRun | RetrieverRun,
+    run: ExpertRun | DenseRun | RetrieverRun,
     base: ResolvedBase,
     version: int,
     out: Path,

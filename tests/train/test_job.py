@@ -74,7 +74,7 @@ def test_all_mistakes_at_once(folder):
         "  - domain: missing\n"
         "  - license: 'Apache 2' is not an SPDX licence expression; write for instance 'Apache-2.0' or, for terms "
         "of your own, 'LicenseRef-<name>'. unknown licence 'Apache 2'; did you mean 'Apache-2.0'?\n"
-        "  - kind: Unknown trainer 'lorra'. Did you mean 'lora'? Known: ffn, lora, retriever.\n"
+        "  - kind: Unknown trainer 'lorra'. Did you mean 'lora'? Known: dense, ffn, lora, retriever.\n"
         "  - layers: '9-3' is not a choice of layers; write all, upper-half, ranges such as 15-29 or 3,7-9, or a "
         "list of numbers\n"
         "  - rank: input should be a valid integer, given '16'\n"

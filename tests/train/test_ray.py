@@ -193,6 +193,7 @@ def test_one_owners_text_is_with_that_owner_alone(make_job, tmp_path, canaries, 
     mine = {"data": str(acme / "text.jsonl"), "workdir": str(acme / "private"), "held_out": 0.1}
     jobs = [
         make_job(name="acme/good", steps=40, **mine),
+        make_job(name="acme/whole", kind="dense", rank=16, steps=4, **mine),
         make_job(name="acme/broken", **{**mine, "data": str(acme / "broken.jsonl")}),
         make_job(name="bell/slow", steps=100_000, workdir=str(tmp_path / "bell"), checkpoint_every=1000),
     ]
@@ -208,13 +209,13 @@ def test_one_owners_text_is_with_that_owner_alone(make_job, tmp_path, canaries, 
         name, stage, _ = line.split()
         stages[name] = stage
         assert stages.get("bell/slow") not in ("failed", "stopped"), (tmp_path / "bell").rglob("*.log")
-        if [stages.get(job.name) for job in jobs] == ["done", "failed", "training"]:
+        if [stages.get(job.name) for job in jobs] == ["done", "done", "failed", "training"]:
             break
     family = _without_ended(hub)
     assert len(family) >= 5  # the other owner's agent and Ray
 
     # a job that was done leaves its expert and nothing else; its owner has the whole log
-    assert sorted(path.name for path in out.rglob("*") if path.is_dir()) == ["acme", "good"]
+    assert sorted(path.name for path in out.rglob("*") if path.is_dir()) == ["acme", "good", "whole"]
     assert "text.jsonl" not in (acme / "private" / "acme--good" / "train.log").read_text()
     assert "broken.jsonl, line 1: not JSON" in (acme / "private" / "acme--broken" / "train.log").read_text()
 

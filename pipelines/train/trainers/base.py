@@ -1,6 +1,6 @@
-"""What every trainer of FFN experts brings: a trainable stand-in for a linear, and a way to write the expert.
+"""What every trainer brings: a trainable stand-in for a linear, or a whole model set free, and how to write the expert.
 
-Knows single linears and folders; knows nothing of data, optimisers or the model around the linears.
+Knows linears, models and folders; knows nothing of data or optimisers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ExpertTrainer", "TrainableLinear", "WriteContext"]
+__all__ = ["ExpertTrainer", "ModelTrainer", "TrainableLinear", "Trainer", "WriteContext"]
 
 
 class TrainableLinear(nn.Module, ABC):
@@ -37,8 +37,8 @@ class WriteContext:
     """Ends of the linears' names, where the last part alone would name others too."""
 
 
-class ExpertTrainer(ABC):
-    """How experts of one kind are made.
+class Trainer(ABC):
+    """How experts of one kind are made; either `ExpertTrainer` or `ModelTrainer`.
 
     Args:
         rank: Rank of low-rank experts; other kinds ignore it.
@@ -51,6 +51,10 @@ class ExpertTrainer(ABC):
     def __init__(self, *, rank: int, alpha: float) -> None:
         self.rank = rank
         self.alpha = alpha
+
+
+class ExpertTrainer(Trainer):
+    """Trains something beside, or in the place of, single linears of a frozen anchor."""
 
     @abstractmethod
     def wrap(self, linear: nn.Linear, *, generator: torch.Generator) -> TrainableLinear:
@@ -65,4 +69,23 @@ class ExpertTrainer(ABC):
             linears: The trained linears by the full name of the module they stood in for
                 (``model.layers.3.mlp.gate_proj``), in any order.
             context: Names and dtype for the files.
+        """
+
+
+class ModelTrainer(Trainer):
+    """Trains the anchor's own tensors, all of them or some."""
+
+    @abstractmethod
+    def trainable(self, model: nn.Module) -> list[nn.Parameter]:
+        """Return the parameters that are trained, in a fixed order; a tied one stands once."""
+
+    @abstractmethod
+    def write(self, folder: Path, model: nn.Module, *, anchor: Path, dtype: torch.dtype) -> None:
+        """Write the expert's files into the existing, empty ``folder``.
+
+        Args:
+            folder: Receives the files of this kind and nothing else.
+            model: Trained, with float32 parameters.
+            anchor: The anchor's checkpoint folder.
+            dtype: Of the tensors in the file.
         """
