@@ -105,7 +105,6 @@ _SHARES = frozenset({"density", "select_topk"})
 """Numbers that say which part of a difference is kept."""
 
 
-
 def merge_problems(
     method: str,
     models: Sequence[str],

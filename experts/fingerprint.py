@@ -14,6 +14,7 @@ from pathlib import Path
 
 from experts.errors import AdmissionError
 from experts.files import CHUNK, capped, open_regular, sha256_file
+from experts.pickles import conversion
 from experts.safetensors_header import (
     MAX_BASE_HEADER,
     StoredTensor,
@@ -108,6 +109,9 @@ def checkpoint_files(folder: Path) -> dict[Path, Mapping[str, StoredTensor]]:
         return _sharded(folder)
     if (folder / _SINGLE).exists():
         return {folder / _SINGLE: _read(folder / _SINGLE)}
+    pickle = conversion(folder)
+    if pickle is not None:
+        raise AdmissionError(f"'{folder}' holds no safetensors: {pickle}")
     raise AdmissionError(
         f"'{folder}' holds neither {_SINGLE} nor {_INDEX}; save the base with save_pretrained "
         "(pickled checkpoints are never read)."

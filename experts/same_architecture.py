@@ -76,11 +76,13 @@ def architecture_problems(
         who: How to call the first.
     """
     own, wanted = decisive(found), decisive(base)
+    differing = [key for key in sorted({*own, *wanted}) if own.get(key) != wanted.get(key)]
+    if "model_type" in differing:  # all else follows from it
+        differing = ["model_type"]
     return [
         f"{key}: {who} has {_shown(own.get(key))}, the base {_shown(wanted.get(key))}; "
         f"{_ADVICE.get(key.rpartition('.')[2], _OTHERWISE)}"
-        for key in sorted({*own, *wanted})
-        if own.get(key) != wanted.get(key)
+        for key in differing
     ]
 
 

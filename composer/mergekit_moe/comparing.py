@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from composer.mergekit_moe.accounting import PlannedSource
+from composer.export.tensors import Slice
+from composer.mergekit_moe.accounting import PlannedSource, ffn_tensors
 from composer.mergekit_moe.families import Family
 from composer.mergekit_moe.manifest import MoEManifest
 from composer.mergekit_moe.sources import SourceModel, Sources
 from experts.same_architecture import decisive
 
 __all__ = ["plan_warnings", "source_problems"]
+
+_COMPARED_BYTES = 1 << 20
+"""Bytes that are compared at a time."""
 
 _FREE = frozenset(
     {
@@ -93,7 +97,33 @@ def plan_warnings(
         )
     for model in sources:
         found += _differences(model, base)
+    for model in {id(e.model): e.model for e in experts}.values():
+        if _is_base(model, base):
+            found.append(
+                f"{model.ref}: every FFN is byte for byte the base's, so this expert changes nothing. Is it the folder "
+                "that training wrote?"
+            )
     return found
+
+
+def _is_base(model: SourceModel, base: SourceModel) -> bool:
+    """Say whether a model that was named as another one has the base's FFNs; the first difference ends the reading."""
+    if model.folder.samefile(base.folder) or model.adapter is not None or base.adapter is not None:
+        return False
+    names = [name for layer in range(model.description.num_layers) for name in ffn_tensors(model, layer)]
+    pairs = [(model.tensors[name], base.tensors.get(name)) for name in names]
+    return all(other is not None and own.spec == other.spec for own, other in pairs) and all(
+        _same_bytes(own, other) for own, other in pairs if other is not None
+    )
+
+
+def _same_bytes(one: Slice, other: Slice) -> bool:
+    rows = one.shape[0]
+    each = max(1, _COMPARED_BYTES // max(1, one.spec.nbytes // rows))
+    return all(
+        one.rows(first, min(rows, first + each)).read() == other.rows(first, min(rows, first + each)).read()
+        for first in range(0, rows, each)
+    )
 
 
 def _differences(model: SourceModel, base: SourceModel) -> list[str]:

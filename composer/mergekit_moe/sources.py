@@ -18,6 +18,7 @@ from experts.errors import AdmissionError, AssetError, CoterieError, ManifestErr
 from experts.fingerprint import checkpoint_files, tokenizer_files, tokenizer_fingerprint
 from experts.kinds import get_kind
 from experts.kinds.lora import LoraSpec, lora_spec, lora_tensor_names
+from experts.pickles import conversion
 from experts.safetensors_header import read_header
 
 __all__ = ["Adapter", "SourceModel", "Sources", "Update"]
@@ -141,9 +142,9 @@ def _open_adapter(path: ModelPath, base: BaseDescription, *, near: Path) -> Adap
 
 
 def _refuse_pickles(folder: Path) -> None:
-    hint = get_kind("dense").hint(folder)
-    if hint and not get_kind("dense").detect(folder):
-        raise AdmissionError(f"'{folder}' holds no safetensors: {hint.replace('FOLDER', str(folder), 1)}")
+    pickle = conversion(folder)
+    if pickle and not get_kind("dense").detect(folder):
+        raise AdmissionError(f"'{folder}' holds no safetensors: {pickle}")
 
 
 def find_folder(path: ModelPath, *, near: Path) -> Path:

@@ -85,7 +85,7 @@ def test_json_round_trip(family: str, base: Base) -> None:
         (
             {"fingerprnt": "x"},
             "description of the base has 1 problem:\n  - fingerprnt: unknown key; did you mean "
-            "'fingerprint'? Allowed: config, embedding, fingerprint, format_version, tensors",
+            "'fingerprint'? Allowed: config, embedding, fingerprint, format_version, tensors, tokens",
         ),
         (
             {"tensors": {"a": ["F32", ["x"]]}},
@@ -208,6 +208,24 @@ def test_hostile_index(tmp_path: Path, weight_map: object, message: str) -> None
 
 def test_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(AdmissionError) as caught:
+        fingerprint_tensors(tmp_path)
+    assert str(caught.value) == (
+        f"'{tmp_path}' holds no safetensors: pytorch_model.bin is a pickle, which is never read; convert it where you "
+        'trust it: python -c "from transformers import AutoModelForCausalLM as M; '
+        f"M.from_pretrained('{tmp_path}', dtype='auto').save_pretrained('NEW_FOLDER')\""
+    )
+    (tmp_path / "modules.json").write_text("[]")
+    with pytest.raises(
+        AdmissionError, match=rf"SentenceTransformer as M; M\('{tmp_path}'\)\.save_pretrained\("
+    ):
+        fingerprint_tensors(tmp_path)
+    (tmp_path / "pytorch_model.bin").rename(tmp_path / "consolidated.00.pth")
+    with pytest.raises(
+        AdmissionError, match=r"consolidated\.00\.pth is a pickle, .*, with the script of transformers"
+    ):
+        fingerprint_tensors(tmp_path)
+    (tmp_path / "consolidated.00.pth").unlink()
     with pytest.raises(AdmissionError) as caught:
         fingerprint_tensors(tmp_path)
     assert str(caught.value) == (

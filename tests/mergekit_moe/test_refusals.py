@@ -289,6 +289,19 @@ def test_copies_of_one_model_warn(make_model: Any) -> None:
     )
 
 
+def test_an_expert_that_is_the_base_warns(config_of: Any, tmp_path: Path) -> None:
+    config = config_of(gate_mode="random")
+    base, copy = config["base_model"], tmp_path / "copy"
+    shutil.copytree(base, copy)
+    config["experts"][0]["source_model"] = str(copy)
+    assert plan_moe(parse(config)).warnings == (
+        f"{copy}: every FFN is byte for byte the base's, so this expert changes nothing. Is it the folder that "
+        "training wrote?",
+    )
+    config["experts"][0]["source_model"] = base  # the base itself as one more expert is meant so
+    assert plan_moe(parse(config)).warnings == ()
+
+
 def test_deepseek_warns(config_of: Any) -> None:
     config = config_of(gate_mode="random", architecture="deepseek")
     (warning,) = plan_moe(parse(config)).warnings

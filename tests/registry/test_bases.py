@@ -118,13 +118,14 @@ def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None:
 
 def test_a_pickled_checkpoint_is_refused(tmp_path: Path, base_folder: Path) -> None:
     folder = shutil.copytree(base_folder, tmp_path / "pickled")
-    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     registry = Registry(tmp_path / "registry")
     with pytest.raises(AdmissionError) as caught:
         registry.add_base(folder, name="pico")
     assert str(caught.value) == (
-        f"'{folder}' holds neither model.safetensors nor model.safetensors.index.json; save the base with "
-        "save_pretrained (pickled checkpoints are never read)."
+        f"'{folder}' holds no safetensors: pytorch_model.bin is a pickle, which is never read; convert it where you "
+        'trust it: python -c "from transformers import AutoModelForCausalLM as M; '
+        f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('NEW_FOLDER')\""
     )
     assert not registry.path.exists()
 
