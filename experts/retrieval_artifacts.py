@@ -16,6 +16,8 @@ from experts.retrieval_info import (
     PilotGroup,
     PilotsInfo,
     RetrievalInfo,
+    RetrievalNoise,
+    ScoresInfo,
     Split,
     StateInfo,
     UtilityInfo,
@@ -31,10 +33,14 @@ __all__ = [
     "Pilot",
     "RetrievalArtifacts",
     "RetrievalInfo",
+    "Scores",
     "Utility",
     "packed",
     "unpacked",
 ]
+
+
+_SCORES = ("counts", "quality", "vectors")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +102,19 @@ class Utility:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """The quality that experts reach on an owner's queries, in bundles that no expert had a part in forming."""
+
+    experts: tuple[str, ...]
+    counts: NDArray[np.float64]
+    """Queries of each bundle, whole numbers, ``(rows,)``."""
+    vectors: NDArray[np.float64]
+    """Mean base embedding of each bundle, ``(rows, d)``."""
+    quality: NDArray[np.float64]
+    """Mean quality on each bundle, ``(rows, 1 + len(experts))``; the first column is the base's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RetrievalArtifacts:
     """The retrieval artefacts of one expert, or of public text, in memory.
 
@@ -103,15 +122,19 @@ class RetrievalArtifacts:
         info: What there is.
         embedding: Sums over the base's embeddings of the owner's queries.
         state: Sums over the states entering layer ``info.state.layer``, see `StateInfo`.
+        static: Sums over the queries' mean token embeddings, see `RetrievalInfo.static_tokens`.
         pilots: In the order of ``info.pilots.groups``.
         utility: Sums for `Utility`.
+        scores: Quality row by row, see `Scores`.
     """
 
     info: RetrievalInfo
     embedding: Moments
     state: Moments | None = None
+    static: Moments | None = None
     pilots: tuple[Pilot, ...] = ()
     utility: Utility | None = None
+    scores: Scores | None = None
 
     @classmethod
     def create(
@@ -122,12 +145,17 @@ class RetrievalArtifacts:
         min_group: int = 1,
         state: Moments | None = None,
         state_layer: int | None = None,
+        static: Moments | None = None,
         pilots: Sequence[Pilot] = (),
         pilots_split: Split = "train",
         pilots_metric: Metric = "own",
         utility: Utility | None = None,
         utility_split: Split = "heldout",
         utility_metric: Literal["margin", "ndcg@10", "mrr@10"] = "margin",
+        scores: Scores | None = None,
+        scores_split: Split = "heldout",
+        scores_metric: Literal["margin", "ndcg@10", "mrr@10"] = "margin",
+        noise: RetrievalNoise | None = None,
     ) -> Self:
         """Put artefacts together; pilots of fewer than ``min_group`` queries are left out.
 
@@ -144,6 +172,7 @@ class RetrievalArtifacts:
             second_moment=embedding.scatter is not None,
             min_group=min_group,
             state=None if state_layer is None else StateInfo(layer=state_layer),
+            static_tokens=static is not None,
             pilots=PilotsInfo(split=pilots_split, metric=pilots_metric, groups=groups) if groups else None,
             utility=None
             if utility is None
@@ -153,25 +182,46 @@ class RetrievalArtifacts:
                 queries=utility.queries,
                 experts=utility.experts,
             ),
+            scores=None
+            if scores is None
+            else ScoresInfo(
+                split=scores_split,
+                metric=scores_metric,
+                queries=int(scores.counts.sum()),
+                rows=len(scores.counts),
+                experts=scores.experts,
+            ),
+            noise=noise,
         )
-        return cls(info=info, embedding=embedding, state=state, pilots=kept, utility=utility)
+        return cls(
+            info=info,
+            embedding=embedding,
+            state=state,
+            static=static,
+            pilots=kept,
+            utility=utility,
+            scores=scores,
+        )
 
     def tensors(self) -> dict[str, NDArray[np.float64]]:
         """Return what goes into the routing file: see `experts.retrieval_checks.retrieval_tensors`."""
         import numpy as np
 
-        found = {"retrieval.embedding.sum": self.embedding.sum}
-        if self.embedding.scatter is not None:
-            found["retrieval.embedding.scatter"] = packed(self.embedding.scatter)
-        if self.state is not None:
-            found["retrieval.state.sum"] = self.state.sum
-            if self.state.scatter is not None:
-                found["retrieval.state.scatter"] = packed(self.state.scatter)
+        found = {}
+        places = (("embedding", self.embedding), ("state", self.state), ("static", self.static))
+        for place, moments in places:
+            if moments is not None:
+                found[f"retrieval.{place}.sum"] = moments.sum
+                if moments.scatter is not None:
+                    found[f"retrieval.{place}.scatter"] = packed(moments.scatter)
         if self.pilots:
             found["retrieval.pilots"] = np.stack([pilot.vector for pilot in self.pilots]).astype(np.float64)
         if self.utility is not None:
             found["retrieval.utility.gram"] = packed(self.utility.gram)
             found["retrieval.utility.cross"] = np.asarray(self.utility.cross, dtype=np.float64)
+        if self.scores is not None:
+            for name in _SCORES:
+                found[f"retrieval.scores.{name}"] = np.asarray(getattr(self.scores, name), dtype=np.float64)
         return found
 
     @classmethod
@@ -183,6 +233,7 @@ class RetrievalArtifacts:
             info=info,
             embedding=_moments("embedding", info, tensors),
             state=_moments("state", info, tensors) if info.state else None,
+            static=_moments("static", info, tensors) if info.static_tokens else None,
             pilots=tuple(
                 Pilot(expert=group.expert, queries=group.queries, vector=row.astype("float64", copy=False))
                 for group, row in zip(groups, rows, strict=True)
@@ -194,6 +245,15 @@ class RetrievalArtifacts:
                 cross=tensors["retrieval.utility.cross"].astype("float64", copy=False),
             )
             if info.utility
+            else None,
+            scores=Scores(
+                experts=info.scores.experts,
+                **{
+                    name: tensors[f"retrieval.scores.{name}"].astype("float64", copy=False)
+                    for name in _SCORES
+                },
+            )
+            if info.scores
             else None,
         )
 

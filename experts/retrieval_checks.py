@@ -29,11 +29,13 @@ def retrieval_tensors(info: RetrievalInfo, width: int) -> dict[str, TensorSpec]:
 
     ``retrieval.embedding.sum`` and ``retrieval.state.sum`` ``(d,)``, ``retrieval.embedding.scatter``,
     ``retrieval.state.scatter`` and ``retrieval.utility.gram`` ``(d (d + 1) / 2,)``: upper triangles row by row,
-    ``retrieval.pilots`` ``(groups, d)``, ``retrieval.utility.cross`` ``(d, 1 + experts)``.
+    ``retrieval.pilots`` ``(groups, d)``, ``retrieval.utility.cross`` ``(d, 1 + experts)``, ``retrieval.scores.counts``
+    ``(rows,)``, ``retrieval.scores.vectors`` ``(rows, d)`` and ``retrieval.scores.quality`` ``(rows, 1 + experts)``.
+    ``retrieval.static`` are sums like those of ``retrieval.state``.
     """
     triangle = (width * (width + 1) // 2,)
     shapes: dict[str, tuple[int, ...]] = {}
-    for place in ("embedding", *(["state"] if info.state else [])):
+    for place in ("embedding", *_further_places(info)):
         shapes[f"retrieval.{place}.sum"] = (width,)
         if info.second_moment:
             shapes[f"retrieval.{place}.scatter"] = triangle
@@ -42,18 +44,30 @@ def retrieval_tensors(info: RetrievalInfo, width: int) -> dict[str, TensorSpec]:
     if info.utility:
         shapes["retrieval.utility.gram"] = triangle
         shapes["retrieval.utility.cross"] = (width, 1 + len(info.utility.experts))
+    if info.scores:
+        rows = info.scores.rows
+        shapes["retrieval.scores.counts"] = (rows,)
+        shapes["retrieval.scores.vectors"] = (rows, width)
+        shapes["retrieval.scores.quality"] = (rows, 1 + len(info.scores.experts))
     return {name: TensorSpec(dtype="F64", shape=shape) for name, shape in shapes.items()}
+
+
+def _further_places(info: RetrievalInfo) -> list[str]:
+    """Where queries were summed beside their embeddings; features of these places always have length 1."""
+    return (["state"] if info.state else []) + (["static"] if info.static_tokens else [])
 
 
 def retrieval_problems(info: RetrievalInfo, tensors: Mapping[str, NDArray[np.floating]]) -> list[str]:
     """Say what cannot be sums over the declared number of embeddings; values are known to be finite."""
     problems = _moment_problems("embedding", info, tensors, unit=info.normalization == "l2")
-    if info.state:
-        problems += _moment_problems("state", info, tensors, unit=True)
+    for place in _further_places(info):
+        problems += _moment_problems(place, info, tensors, unit=True)
     if info.pilots:
         problems += _pilot_problems(info, tensors["retrieval.pilots"])
     if info.utility:
         problems += _utility_problems(info, tensors)
+    if info.scores:
+        problems += _score_problems(info, tensors)
     return problems
 
 
@@ -111,6 +125,33 @@ def _pilot_problems(info: RetrievalInfo, rows: NDArray[np.floating]) -> list[str
         for group, length in zip(info.pilots.groups, lengths, strict=True)
         if length > limit
     ]
+
+
+def _score_problems(info: RetrievalInfo, tensors: Mapping[str, NDArray[np.floating]]) -> list[str]:
+    """Rows must be means of whole numbers of queries, none of too few, and qualities what they can be."""
+    import numpy as np
+
+    assert info.scores is not None
+    counts, problems = tensors["retrieval.scores.counts"], []
+    if not np.array_equal(counts, np.round(counts)) or counts.min() < info.min_group:
+        problems.append(
+            f"tensor 'retrieval.scores.counts': {counts.min():.6g} queries in a row; whole numbers from "
+            f"{info.min_group}, the minimum group size, are allowed"
+        )
+    elif counts.sum() != info.scores.queries:
+        problems.append(
+            f"tensor 'retrieval.scores.counts': sums to {counts.sum():.0f}, declared are {info.scores.queries} queries"
+        )
+    unit = info.normalization == "l2"
+    limits = {"vectors": (1.0 if unit else MAX_NORM, 1), "quality": (2.0 if unit else 2 * MAX_NORM**2, None)}
+    for name, (limit, axis) in limits.items():
+        rows = tensors[f"retrieval.scores.{name}"]
+        largest = float((np.abs(rows) if axis is None else np.linalg.norm(rows, axis=axis)).max())
+        if largest > limit * (1 + _ROUNDING):
+            problems.append(
+                f"tensor 'retrieval.scores.{name}': {largest:.6g}; at most {limit:.6g} is allowed"
+            )
+    return problems
 
 
 def _utility_problems(info: RetrievalInfo, tensors: Mapping[str, NDArray[np.floating]]) -> list[str]:

@@ -18,6 +18,8 @@ __all__ = [
     "PilotGroup",
     "PilotsInfo",
     "RetrievalInfo",
+    "RetrievalNoise",
+    "ScoresInfo",
     "Split",
     "StateInfo",
     "UtilityInfo",
@@ -92,9 +94,51 @@ class UtilityInfo(BaseModel):
     @field_validator("experts")
     @classmethod
     def _ascending(cls, experts: tuple[str, ...]) -> tuple[str, ...]:
-        if list(experts) != sorted(set(experts)) or BASE_NAME in experts:
-            raise ValueError("experts must ascend without repetition, the base not among them")
-        return tuple(_checked_name(expert) for expert in experts)
+        return _ascending_experts(experts)
+
+
+class ScoresInfo(BaseModel):
+    """How well experts serve an owner's queries, query by query or bundle by bundle.
+
+    Who serves a row best is decided by whoever composes, among the experts that are there: one who has left is not
+    compared with.
+    """
+
+    model_config = _FROZEN
+
+    split: Split
+    metric: Literal["margin", "ndcg@10", "mrr@10"]
+    queries: _Count
+    rows: Annotated[int, Field(ge=1, le=1_000_000)]
+    """Bundles of at least ``min_group`` queries; they were formed by what the base makes of the queries alone, so that
+    no expert has a part in it."""
+    experts: Annotated[tuple[str, ...], Field(max_length=100_000)]
+    """Columns after the first, which is the base's."""
+
+    @field_validator("experts")
+    @classmethod
+    def _ascending(cls, experts: tuple[str, ...]) -> tuple[str, ...]:
+        return _ascending_experts(experts)
+
+
+class RetrievalNoise(BaseModel):
+    """The differential-privacy guarantee of noisy sums over queries. It covers these sums alone, not the weights.
+
+    ``(epsilon, delta)`` for two sets of queries that differ by one query being another, their number being public, and
+    for all published sums together; by the analytic Gaussian mechanism (Balle, Wang, arXiv 1805.06530, theorem 8).
+    """
+
+    model_config = _FROZEN
+
+    mechanism: Literal["analytic-gaussian"] = "analytic-gaussian"
+    unit: Literal["query"] = "query"
+    epsilon: Annotated[float, Field(gt=0)]
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    release: Literal["mean", "moments"]
+    clip_norm: Annotated[float, Field(gt=0)]
+    """Longest feature of a query; longer ones were shortened."""
+    noise_std: Annotated[float, Field(gt=0)]
+    """Standard deviation of the noise on each coordinate of a mean."""
 
 
 class RetrievalInfo(BaseModel):
@@ -113,14 +157,21 @@ class RetrievalInfo(BaseModel):
     min_group: _Count
     """No published vector stands for fewer queries than this."""
     state: StateInfo | None = None
+    static_tokens: bool = False
+    """Whether there are sums over the queries' token embeddings too: the rows of the base's embedding matrix, averaged
+    over the tokens that are not padding, then divided by their length."""
     pilots: PilotsInfo | None = None
     utility: UtilityInfo | None = None
+    scores: ScoresInfo | None = None
+    noise: RetrievalNoise | None = None
+    """None: exact sums."""
 
     @model_validator(mode="after")
     def _large_enough(self) -> Self:
         counts = {"queries": self.queries}
         counts |= {f"pilots of {g.expert}": g.queries for g in (self.pilots.groups if self.pilots else ())}
         counts |= {"utility": self.utility.queries} if self.utility else {}
+        counts |= {"a row of scores": self.scores.queries // self.scores.rows} if self.scores else {}
         small = [f"{what}: {count}" for what, count in counts.items() if count < self.min_group]
         if small:
             raise ValueError(
@@ -128,6 +179,19 @@ class RetrievalInfo(BaseModel):
                 f"{', '.join(small)}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _nothing_exact_beside_noise(self) -> Self:
+        exact = [name for name in ("pilots", "utility", "scores") if getattr(self, name) is not None]
+        if self.noise is not None and exact:
+            raise ValueError(f"noise covers the sums alone; {', '.join(exact)} beside it would undo it")
+        return self
+
+
+def _ascending_experts(experts: tuple[str, ...]) -> tuple[str, ...]:
+    if list(experts) != sorted(set(experts)) or BASE_NAME in experts:
+        raise ValueError("experts must ascend without repetition, the base not among them")
+    return tuple(_checked_name(expert) for expert in experts)
 
 
 def _checked_name(name: str) -> str:

@@ -280,13 +280,26 @@ class Pico:
         vectors, states = self.once(
             lambda: self._embed(self.domain_texts(seed, count=count), layer), "embedded", seed, layer, count
         )
+        tokens = self._token_means(self.domain_texts(seed, count=count))
         return RetrievalArtifacts.create(
             embedding=Moments.from_vectors(vectors),
             normalization="l2",
             state=Moments.from_vectors(states),
             state_layer=layer,
-            **settings,
+            **{"static": Moments.from_vectors(tokens), **settings},
         )
+
+    def retrieval_scores(self, seed: int, experts: Sequence[str] = ()) -> Any:
+        """Qualities of a few values on a domain's first texts, bundled by five; of everybody in the library."""
+        import numpy as np
+
+        from experts.retrieval_artifacts import Scores
+
+        names = tuple(sorted(experts or (f"{owner}/search" for owner in OWNERS)))
+        vectors, _ = self._embed(self.domain_texts(seed, count=40), 2)
+        quality = np.random.default_rng(seed).integers(0, 3, size=(8, 1 + len(names))) / 2
+        means = vectors.astype("f8").reshape(8, 5, -1).mean(axis=1)
+        return Scores(experts=names, counts=np.full(8, 5.0), vectors=means, quality=quality)
 
     def _embed(self, texts: Sequence[str], layer: int) -> tuple[Any, Any]:
         """The pico embedder's embeddings, and the mean states entering a layer, of length 1; by hand."""
@@ -301,6 +314,15 @@ class Pico:
             normalize((s * mask).sum(1) / mask.sum(1), dim=1).numpy() for s in (states[-1], states[layer])
         ]
         return pooled[0], pooled[1]
+
+    def _token_means(self, texts: Sequence[str]) -> Any:
+        """Mean rows of the pico embedder's embedding matrix, of length 1; text by text, without padding."""
+        import torch
+        from torch.nn.functional import normalize
+
+        table, tokenizer = self.encoder().get_input_embeddings().weight.detach(), _wordpieces(64)
+        means = [table[torch.tensor(tokenizer(text)["input_ids"])].mean(dim=0) for text in texts]
+        return normalize(torch.stack(means), dim=1).numpy()
 
     def pack_retriever(
         self, raw: Path, *, name: str, artifacts: Any = None, version: int = 1, **embedder: Any
@@ -336,18 +358,22 @@ class Pico:
         )
         return package
 
-    def retriever_library(self) -> Registry:
-        """A registry with the pico embedder and one retriever of every owner, ``acme/search`` and so on; shared."""
-        return self.once(self._fill_retrievers, "retriever library")
+    def retriever_library(self, *, scored: bool = False) -> Registry:
+        """A registry with the pico embedder and one retriever of every owner, ``acme/search`` and so on; shared.
 
-    def _fill_retrievers(self) -> Registry:
+        With ``scored`` every owner publishes how well all of them serve the owner's queries.
+        """
+        return self.once(lambda: self._fill_retrievers(scored), "retriever library", scored)
+
+    def _fill_retrievers(self, scored: bool) -> Registry:
         from registry import Registry
 
         registry = Registry(self.scratch("registry"))
         registry.add_base(self.embedder(), name="embedder")
         for owner, (seed, rank, _) in OWNERS.items():
             raw = self.write_retriever(self.scratch("raw"), seed=seed, r=rank)
-            artifacts = self.retrieval_artifacts(seed)
+            scores = self.retrieval_scores(seed) if scored else None
+            artifacts = self.retrieval_artifacts(seed, scores=scores)
             registry.register(self.pack_retriever(raw, name=f"{owner}/search", artifacts=artifacts))
         return registry
 

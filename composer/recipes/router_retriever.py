@@ -15,11 +15,12 @@ from composer.lock import Lock, OptOutClass
 from composer.manifest import Manifest
 from composer.recipes.base import Candidate, Recipe, unsupported_kinds
 from composer.retrieval.form import MODULES_NAME, QUERY_KWARGS, TOP_FILES, RetrieverLock, RetrieverManifest
-from composer.retrieval.published import publication_problems
+from composer.retrieval.published import foreign_names, publication_problems
 from composer.retrieval.scorers import RETRIEVAL_SCORERS, RETRIEVAL_SELECTORS
 from experts.base import BaseDescription
 from experts.card import ExpertCard
 from experts.errors import BuildError, CoterieError
+from experts.kinds.retriever import is_full_encoder
 from experts.routing_artifacts import RoutingInfo
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ __all__ = ["RouterRetriever"]
 
 
 class RouterRetriever(Recipe):
-    """Routes every query among owners' adapters on one embedding model."""
+    """Routes every query among owners' experts on one embedding model."""
 
     summary = "query encoders beside one embedding model, routed per query; documents stay the base's"
     kinds = ("retriever",)
@@ -55,6 +56,7 @@ class RouterRetriever(Recipe):
         if base.embedding is None:
             return ["router_retriever composes embedding models; the base is a language model"]
         found = unsupported_kinds("router_retriever", self.kinds, experts) + _name_problems(router)
+        found += _depth_problems(router, experts)
         if found:
             return found
         if router.selector != "top1" and base.embedding.pooling == "max":
@@ -76,24 +78,19 @@ class RouterRetriever(Recipe):
         return found + [f"{ref}: prompts are given, but router_retriever reads none" for ref in prompted]
 
     def warnings(self, *, router: Any, experts: Sequence[ExpertCard]) -> list[str]:
-        """Say where fewer queries than dimensions were summed: the sums then tell what the queries span."""
+        """Say where sums tell what queries span, and whose cards name experts that are not here."""
+        if RETRIEVAL_SCORERS.load(router.scorer).needs & {"pilots", "utility"}:
+            return _absent_names(experts)
         few = [
             f"{card.name} sums up {info.queries} queries in {info.dimension} dimensions; its second moment tells what "
             "they span"
             for card in experts
             if (info := card.routing.retrieval if card.routing else None) is not None
             and info.second_moment
+            and info.noise is None
             and info.queries < info.dimension
         ]
         return few if router.scorer == "lda" else []
-
-    def optout(self, manifest: Manifest) -> OptOutClass:
-        """Labels and utilities are computed with each other's experts, so other owners' files remember who left."""
-        router: RetrievalRouter = manifest.router  # type: ignore[assignment]
-        needs = (
-            RETRIEVAL_SCORERS.load(router.scorer).needs if router.scorer in RETRIEVAL_SCORERS else frozenset()
-        )
-        return "recompose" if needs & {"pilots", "utility"} else "exact"
 
     def active_experts(self, *, router: Any, experts: Sequence[ExpertCard]) -> int:
         """Count the experts that a query meets at most."""
@@ -146,6 +143,18 @@ class RouterRetriever(Recipe):
         raise BuildError("A composed retriever is loaded as a whole: composer.load(folder).")
 
 
+def _depth_problems(router: RetrievalRouter, experts: Sequence[Candidate]) -> list[str]:
+    """Say who cannot go on from a state that the base's lower layers made."""
+    if router.route_on != "layer_state":
+        return []
+    whole = [e.card.name for e in experts if is_full_encoder([entry.path for entry in e.card.files])]
+    return [
+        f"{name} is a whole query encoder: it shares no lower layers with the base, which `route_on: layer_state` goes "
+        "on from; route on the embedding, or leave it out"
+        for name in whole
+    ]
+
+
 def _name_problems(router: RetrievalRouter) -> list[str]:
     found = []
     for table, name in ((RETRIEVAL_SCORERS, router.scorer), (RETRIEVAL_SELECTORS, router.selector)):
@@ -154,6 +163,17 @@ def _name_problems(router: RetrievalRouter) -> list[str]:
         except CoterieError as error:
             found.append(str(error))
     return found
+
+
+def _absent_names(experts: Sequence[ExpertCard]) -> list[str]:
+    here = {card.name for card in experts}
+    absent = {card.name: sorted(set(foreign_names(card)) - here) for card in experts}
+    return [
+        f"{name} publishes how well it was served by {', '.join(others)}, not in this composition; nothing of that is "
+        "read, and the names go with the owner's next version"
+        for name, others in absent.items()
+        if others
+    ]
 
 
 def _write(path: Path, data: object) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from composer.retrieval.facts import Array
-from composer.retrieval.pooling import Pooler, mean_state
+from composer.retrieval.pooling import Pooler, mean_state, mean_token
 from composer.retrieval.request import EncodingPass, Slots, current_pass, encoding_pass
 from composer.retrieval.router import Decision, Router
 
@@ -79,6 +79,7 @@ class Engine:
         state_layer: Layer whose input is routed on; None: the embedding is.
         lowest: Slot (from 1) -> lowest layer that the expert changes.
         share_lower_layers: Whether repeated rows share the layers below.
+        tokens: The base's token embeddings, where their mean is routed on; None: something else is.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Engine:
         state_layer: int | None,
         lowest: Sequence[int],
         share_lower_layers: bool,
+        tokens: nn.Module | None = None,
     ) -> None:
         self.run = run
         self.router = router
@@ -97,6 +99,7 @@ class Engine:
         self.state_layer = state_layer
         self.lowest = tuple(lowest)
         self.share_lower_layers = share_lower_layers
+        self.tokens = tokens
 
     def encode(
         self, inputs: Inputs, mask: torch.Tensor, allowed: NDArray[np.bool_], *, trace: bool = False
@@ -112,6 +115,8 @@ class Engine:
         Returns:
             The base's output with the fused ``last_hidden_state``, and who was chosen.
         """
+        if self.tokens is not None:
+            return self._decided_before(inputs, mask, allowed, trace=trace)
         if self.state_layer is not None:
             return self._in_one_pass(inputs, mask, allowed, trace=trace)
         if self.router.selector.most is None:
@@ -142,6 +147,28 @@ class Engine:
         if len(states) != len(mask):
             output.last_hidden_state = self._fused(states, mask, _Entries.wanted(decided[0]), decided[0])
         return output, decided[0]
+
+    def _decided_before(
+        self, inputs: Inputs, mask: torch.Tensor, allowed: NDArray[np.bool_], *, trace: bool
+    ) -> tuple[Any, Decision]:
+        """Route on the token embeddings, and run the chosen experts alone; the base runs where it was chosen."""
+        assert self.tokens is not None
+        features = mean_token(self.tokens, inputs["input_ids"], mask)
+        decision = self._decide(features, allowed, trace=trace)
+        entries = _Entries.wanted(decision)
+        alone = len(entries.rows) == len(mask)
+        experts = sorted({int(slot) for slot in entries.slots} - {0})
+        shared = self.share_lower_layers and bool(experts)
+        running = EncodingPass(
+            slots=Slots.of(entries.slots.tolist(), mask.device),
+            repeat_at=min(self.lowest[slot - 1] for slot in experts) if shared else 0,
+            rows=None if alone else entries.on(mask.device),
+        )
+        with encoding_pass(running):
+            output = self.run(inputs)
+        if not alone:
+            output.last_hidden_state = self._fused(output.last_hidden_state, mask, entries, decision)
+        return output, decision
 
     def _all_at_once(
         self, inputs: Inputs, mask: torch.Tensor, allowed: NDArray[np.bool_], *, trace: bool

@@ -1,7 +1,7 @@
-"""Labels an owner's queries with the experts that serve them best, and makes the pilots that the owner may publish.
+"""Labels owners' queries with the experts that serve them best, among those that may answer, and makes pilots of them.
 
-Runs where the queries are. Knows qualities and embeddings; how a quality was measured, and on which split, is declared
-beside the pilots.
+Done anew for every set of experts from the qualities that owners published, so whoever is not in the set has no part in
+any label. Knows qualities and embeddings; how a quality was measured is declared beside it.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from typing import Literal
 
 import numpy as np
 
-from composer.retrieval.facts import Array
+from composer.retrieval.facts import Array, ExpertFacts
 from experts.errors import DataError
 from experts.names import unknown_name
 from experts.retrieval_artifacts import Pilot
 
-__all__ = ["Ties", "label_shares", "make_pilots"]
+__all__ = ["Ties", "label_shares", "make_pilots", "pilots_among"]
 
 Ties = Literal["fractional", "own_domain", "drop"]
 """Queries that several experts serve equally well: shared among them, given to the owner's own expert if it is one of
-them (else shared), or dropped."""
+them (else shared), or dropped. Never the first of a list: equal qualities are the rule rather than the exception, and
+a list's order would decide most routes."""
 
 
 def label_shares(
@@ -61,24 +62,56 @@ def label_shares(
     return shares
 
 
-def make_pilots(vectors: Array, shares: Array, experts: Sequence[str], *, min_group: int) -> list[Pilot]:
+def make_pilots(
+    vectors: Array,
+    shares: Array,
+    experts: Sequence[str],
+    *,
+    min_group: int,
+    counts: Array | None = None,
+) -> list[Pilot]:
     """Average the queries of every expert.
 
     Args:
-        vectors: The base's embeddings of the queries, ``(queries, d)``.
-        shares: From `label_shares`.
+        vectors: The base's embeddings of the queries, or their means over bundles of queries, ``(rows, d)``.
+        shares: From `label_shares`, ``(rows, experts)``.
         experts: Their names.
         min_group: Fewest queries, parts of queries added up, that make a pilot.
+        counts: Queries of each row; None: one.
 
     Returns:
         By name, without experts of too few queries.
     """
     found = []
+    weights = shares if counts is None else shares * counts[:, None]
     for column in np.argsort(np.asarray(experts)):
-        weight = float(shares[:, column].sum())
+        mine = np.ascontiguousarray(weights[:, column])
+        total = float(mine.sum())
         # a float sum of thirds may fall short of a whole number by rounding
-        queries = math.floor(weight + 1e-9)
+        queries = math.floor(total + 1e-9)
         if queries >= max(1, min_group):
-            mean: Array = shares[:, column] @ vectors / weight
+            mean: Array = mine @ vectors / total
             found.append(Pilot(expert=experts[column], queries=queries, vector=mean))
+    return found
+
+
+def pilots_among(experts: Sequence[ExpertFacts], *, ties: Ties, min_group: int) -> dict[str, list[Array]]:
+    """Make the pilots of a set of experts: their owners' queries, labelled among exactly these experts.
+
+    Args:
+        experts: What every one of them published, labels among it; by name.
+        ties: See `label_shares`.
+        min_group: See `make_pilots`.
+
+    Returns:
+        Every expert's pilots, at most one for each owner's labels, in the order of ``experts``.
+    """
+    found: dict[str, list[Array]] = {e.name: [] for e in experts}
+    for source in experts:
+        labels = source.labels
+        assert labels is not None, "the plan asked for it"
+        shares = label_shares(labels.of(list(found)), list(found), ties=ties, own=source.name)
+        made = make_pilots(labels.vectors, shares, list(found), min_group=min_group, counts=labels.counts)
+        for pilot in made:
+            found[pilot.expert].append(pilot.vector)
     return found

@@ -218,6 +218,7 @@ def _install(encoder: RetrieverEncoder, members: Members) -> None:
         state_layer=state_layer(members, options),
         lowest=[min(member.locked.layers) for member in members.experts],
         share_lower_layers=options.share_lower_layers,
+        tokens=encoder.get_input_embeddings() if options.route_on == "static_tokens" else None,
     )
 
 

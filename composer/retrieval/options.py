@@ -46,15 +46,20 @@ class RetrievalRouter(BaseModel):
     """Which queries the owners labelled for pilots and utilities; never their test queries."""
     label_metric: Literal["margin", "ndcg@10", "mrr@10"] = "margin"
     """What the labels compare: the positive's score minus the best negative's, or a metric."""
+    ties: Literal["fractional", "own_domain", "drop"] = "fractional"
+    """Queries that several experts serve equally well make their parts of all of these experts' pilots
+    (``fractional``), go to the expert of the queries' own owner if it is one of them, else in parts (``own_domain``),
+    or are not used (``drop``). The order of a list decides nothing."""
     fallback: Literal["base"] = "base"
     """Who answers where no expert is allowed or none is far enough ahead."""
     min_margin: float = 0.0
     """Smallest lead of the best expert over the next (``ridge_utility``: over the base) that routes."""
     min_group: int = Field(default=5, ge=1)
     """Fewest queries behind any published vector that is used."""
-    route_on: Literal["embedding", "layer_state"] = "embedding"
+    route_on: Literal["embedding", "layer_state", "static_tokens"] = "embedding"
     """What is scored. ``embedding``: the base's embedding of the query, before a second pass with the expert;
-    ``layer_state``: the mean state that enters the layer where the owners took theirs, in the one pass."""
+    ``layer_state``: the mean state that enters the layer where the owners took theirs, in the one pass;
+    ``static_tokens``: the mean of the query's token embeddings, before any layer has run."""
     share_lower_layers: bool = True
     """Whether the passes of several experts share the layers below the first one that an expert changes."""
     default_task: Literal["query", "document"] | None = None
@@ -82,8 +87,10 @@ _PAPER = {
     "similarity": "dot",
     "label_split": "train",
     "label_metric": "ndcg@10",
+    "ties": "fractional",
     "min_group": 1,
     "share_lower_layers": False,
 }
 """arXiv 2409.02685, section 3: the mean similarity to an expert's pilots, one for each group of training queries,
-decides."""
+decides. The paper does not say what becomes of ties; its released code takes the first expert of a list, so that
+another order of the same experts routes otherwise. Here ties are shared, whoever is named first."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from experts.embedding import EmbeddingSpec
 
-__all__ = ["LINEAR", "Pooler", "mean_state"]
+__all__ = ["LINEAR", "Pooler", "mean_state", "mean_token"]
 
 LINEAR = ("cls", "mean", "mean_sqrt_len_tokens")
 """Pooling modes that are linear in the states, so that a weighted sum of states pools to that of the vectors."""
@@ -30,6 +30,21 @@ def mean_state(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     kept = mask.to(torch.float64).unsqueeze(-1)
     mean = (states.to(torch.float64) * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1.0)
     return nn.functional.normalize(mean, p=2, dim=1)
+
+
+def mean_token(embeddings: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Average token embeddings as `mean_state` averages states; no layer runs, and no position counts.
+
+    Args:
+        embeddings: The base's embedding matrix, whose rows have the width of its states.
+        ids: int64 ``(rows, positions)``.
+        mask: ``(rows, positions)``.
+
+    Returns:
+        float64 ``(rows, d)``.
+    """
+    table: torch.Tensor = embeddings.weight  # type: ignore[assignment]
+    return mean_state(nn.functional.embedding(ids, table), mask)
 
 
 class Pooler(nn.Module):

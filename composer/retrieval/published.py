@@ -12,10 +12,11 @@ from experts.errors import BuildError
 
 if TYPE_CHECKING:
     from composer.members import Member, Members
-    from composer.retrieval.facts import ExpertFacts
+    from composer.retrieval.facts import ExpertFacts, Labels
     from composer.retrieval.options import RetrievalRouter
     from composer.retrieval.scorers.base import Need
     from experts.card import ExpertCard
+    from experts.retrieval_artifacts import Moments, RetrievalArtifacts, Scores
     from experts.retrieval_info import RetrievalInfo
 
 __all__ = ["facts_of", "foreign_names", "publication_problems", "state_layer"]
@@ -37,8 +38,7 @@ def _facts(member: Member, width: int, names: frozenset[str], options: Retrieval
     published = member.routing(width).retrieval
     if published is None:
         raise BuildError(f"{member.locked.name} publishes nothing about its queries. Build the folder again.")
-    moments = published.state if options.route_on == "layer_state" else published.embedding
-    assert moments is not None, "the plan asked for it"
+    moments = _moments(published, options)
     utility = published.utility
     columns = {} if utility is None else dict(enumerate((BASE_NAME, *utility.experts)))
     return ExpertFacts(
@@ -46,11 +46,7 @@ def _facts(member: Member, width: int, names: frozenset[str], options: Retrieval
         count=float(moments.count),
         sum=moments.sum,
         scatter=moments.scatter,
-        pilots={
-            pilot.expert: pilot.vector
-            for pilot in published.pilots
-            if pilot.expert in names and pilot.queries >= options.min_group
-        },
+        labels=None if published.scores is None else _labels(published.scores, names),
         gram=None if utility is None else utility.gram,
         utility={
             name: utility.cross[:, column].copy()
@@ -60,9 +56,35 @@ def _facts(member: Member, width: int, names: frozenset[str], options: Retrieval
     )
 
 
+def _moments(published: RetrievalArtifacts, options: RetrievalRouter) -> Moments:
+    places = {
+        "embedding": published.embedding,
+        "layer_state": published.state,
+        "static_tokens": published.static,
+    }
+    moments = places[options.route_on]
+    assert moments is not None, "the plan asked for it"
+    return moments
+
+
+def _labels(scores: Scores, names: frozenset[str]) -> Labels:
+    """Take the columns of experts that are there; the others' numbers go no further."""
+    from composer.retrieval.facts import Labels
+
+    return Labels(
+        counts=scores.counts,
+        vectors=scores.vectors,
+        quality={
+            name: scores.quality[:, column].copy()
+            for column, name in enumerate(scores.experts, start=1)
+            if name in names
+        },
+    )
+
+
 def state_layer(members: Members, options: RetrievalRouter) -> int | None:
     """Return the layer whose input is routed on; None where embeddings are."""
-    if options.route_on == "embedding":
+    if options.route_on != "layer_state":
         return None
     layers = {_state_layer(member.card) for member in members.experts}
     if len(layers) != 1 or None in layers:
@@ -85,7 +107,7 @@ def foreign_names(card: ExpertCard) -> tuple[str, ...]:
     if info is None:
         return ()
     named = {group.expert for group in (info.pilots.groups if info.pilots else ())}
-    named |= set(info.utility.experts if info.utility else ())
+    named |= {name for made in (info.utility, info.scores) if made for name in made.experts}
     return tuple(sorted(name for name in named if "/" in name and name.partition("/")[0] != card.owner))
 
 
@@ -104,6 +126,18 @@ def publication_problems(
     ]
     if options.route_on == "layer_state":
         found += _state_problems({card.name: card for card in cards}, known)
+    if options.route_on == "static_tokens":
+        found += [
+            f"{name} publishes no sums of token embeddings, which `route_on: static_tokens` needs; publish them "
+            "(`retrieval: {static_statistics: true}` in its job), or route on the embedding"
+            for name, info in known.items()
+            if not info.static_tokens
+        ]
+    if options.route_on != "embedding" and needs & {"pilots", "utility"}:
+        found.append(
+            f"scorer '{options.scorer}' is made of embeddings, and `route_on: {options.route_on}` scores something "
+            "else; route on the embedding"
+        )
     return found
 
 
@@ -122,16 +156,22 @@ def _expert_problems(
             f"{name} publishes no second moment, which '{options.scorer}' needs; route with `scorer: centroid`"
         )
     if "pilots" in needs:
-        found += _label_problems(name, "pilots", info, options)
+        found += _label_problems(name, "scores", info, options) or _column_problems(
+            name, info.scores.experts if info.scores else (), names, options
+        )
     if "utility" in needs:
-        found += _label_problems(name, "utility", info, options) or _column_problems(name, info, names)
+        found += _label_problems(name, "utility", info, options) or _column_problems(
+            name, info.utility.experts if info.utility else (), names, options
+        )
     return found
 
 
 def _label_problems(name: str, what: str, info: RetrievalInfo, options: RetrievalRouter) -> list[str]:
-    made = info.pilots if what == "pilots" else info.utility
+    made = info.scores if what == "scores" else info.utility
     if made is None:
-        return [f"{name} publishes no {what}, which '{options.scorer}' needs; route with `scorer: lda`"]
+        return [
+            f"{name} publishes no {what} of its queries, which '{options.scorer}' needs; route with `scorer: lda`"
+        ]
     if (made.split, made.metric) != (options.label_split, options.label_metric):
         return [
             f"{name} made its {what} on '{made.split}' queries by '{made.metric}'; the router asks for "
@@ -140,12 +180,13 @@ def _label_problems(name: str, what: str, info: RetrievalInfo, options: Retrieva
     return []
 
 
-def _column_problems(name: str, info: RetrievalInfo, names: Sequence[str]) -> list[str]:
-    assert info.utility is not None, "asked before"
-    lacking = [other for other in names if other not in info.utility.experts]
+def _column_problems(
+    name: str, columns: Sequence[str], names: Sequence[str], options: RetrievalRouter
+) -> list[str]:
+    lacking = [other for other in names if other not in columns]
     if not lacking:
         return []
-    return [f"{name} did not score {', '.join(lacking)} on its queries, which 'ridge_utility' needs"]
+    return [f"{name} did not score {', '.join(lacking)} on its queries, which '{options.scorer}' needs"]
 
 
 def _state_problems(cards: Mapping[str, ExpertCard], infos: Mapping[str, RetrievalInfo]) -> list[str]:

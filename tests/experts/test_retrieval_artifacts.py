@@ -11,8 +11,16 @@ import pytest
 from pydantic import ValidationError
 
 from experts.errors import AdmissionError
-from experts.retrieval_artifacts import Moments, Pilot, RetrievalArtifacts, Utility, packed, unpacked
-from experts.retrieval_info import RetrievalInfo
+from experts.retrieval_artifacts import (
+    Moments,
+    Pilot,
+    RetrievalArtifacts,
+    Scores,
+    Utility,
+    packed,
+    unpacked,
+)
+from experts.retrieval_info import RetrievalInfo, RetrievalNoise
 from experts.routing_artifacts import RoutingArtifacts, RoutingInfo
 
 WIDTH = 6
@@ -37,6 +45,13 @@ def artifacts(**changes: Any) -> RetrievalArtifacts:
             Pilot(expert="base", queries=15, vector=x[25:].astype("f8").mean(axis=0)),
         ],
         "utility": Utility(queries=40, experts=("zoe/search",), gram=gram, cross=x.T.astype("f8") @ quality),
+        "static": Moments.from_vectors(vectors(seed=3)),
+        "scores": Scores(
+            experts=("acme/search", "zoe/search"),
+            counts=np.array([10.0, 10.0, 11.0]),
+            vectors=np.stack([x[i : i + 10].astype("f8").mean(axis=0) for i in (0, 10, 20)]),
+            quality=np.full((3, 3), 0.5),
+        ),
         "min_group": 10,
     }
     return RetrievalArtifacts.create(**settings | changes)
@@ -86,8 +101,10 @@ def test_everything_but_the_first_sum_is_optional(tmp_path: Path) -> None:
         embedding=Moments.from_vectors(vectors(), second_moment=False),
         state=None,
         state_layer=None,
+        static=None,
         pilots=(),
         utility=None,
+        scores=None,
     )
     assert list(made.tensors()) == ["retrieval.embedding.sum"]
     routed(made).save(tmp_path)
@@ -97,7 +114,7 @@ def test_everything_but_the_first_sum_is_optional(tmp_path: Path) -> None:
 
 
 def test_groups_below_the_minimum_are_absent() -> None:
-    made = artifacts(min_group=20)
+    made = artifacts(min_group=20, scores=None)
     assert [pilot.expert for pilot in made.pilots] == ["zoe/search"]
     assert made.tensors()["retrieval.pilots"].shape == (1, WIDTH)
 
@@ -109,16 +126,28 @@ def test_a_small_group_is_refused() -> None:
     (error,) = caught.value.errors()
     assert error["msg"] == (
         "Value error, below the minimum group size of 30 queries, so that nothing may be published: pilots of base: "
-        "15, pilots of zoe/search: 25"
+        "15, pilots of zoe/search: 25, a row of scores: 10"
     )
     with pytest.raises(ValidationError, match=r"below the minimum group size of 41 queries.*: queries: 40"):
-        artifacts(min_group=41, pilots=())
+        artifacts(min_group=41, pilots=(), scores=None)
 
 
 @pytest.mark.parametrize("name", ["zoe", "Zoe/search", "../x", ""])
 def test_pilots_name_experts(name: str) -> None:
     with pytest.raises(ValidationError, match="is not an expert name"):
         artifacts(pilots=[Pilot(expert=name, queries=20, vector=np.zeros(WIDTH))])
+
+
+def test_nothing_exact_stands_beside_noise() -> None:
+    noise = RetrievalNoise(epsilon=2.0, delta=1e-6, release="mean", clip_norm=1.0, noise_std=0.1)
+    with pytest.raises(ValidationError) as caught:
+        artifacts(noise=noise, pilots=())
+    (error,) = caught.value.errors()
+    assert error["msg"] == (
+        "Value error, noise covers the sums alone; utility, scores beside it would undo it"
+    )
+    made = artifacts(noise=noise, pilots=(), utility=None, scores=None)
+    assert RetrievalInfo.model_validate_json(made.info.model_dump_json()) == made.info
 
 
 NO_SUM: list[tuple[dict[str, Any], str]] = [
@@ -149,6 +178,27 @@ NO_SUM: list[tuple[dict[str, Any], str]] = [
     (
         {"retrieval.utility.cross": np.full((WIDTH, 2), 1.0) * [1.0, 40.0]},
         "tensor 'retrieval.utility.cross': the column of 'zoe/search' has length 97.9796; at most 80.08 is allowed",
+    ),
+    (
+        {"retrieval.static.scatter": packed(np.eye(WIDTH))},
+        "tensor 'retrieval.static.scatter': trace 6; 40 vectors of length 1 have 40",
+    ),
+    (
+        {"retrieval.scores.counts": np.array([10.0, 9.0, 12.0])},
+        "tensor 'retrieval.scores.counts': 9 queries in a row; whole numbers from 10, the minimum group size, are "
+        "allowed",
+    ),
+    (
+        {"retrieval.scores.counts": np.array([10.0, 10.0, 12.0])},
+        "tensor 'retrieval.scores.counts': sums to 32, declared are 31 queries",
+    ),
+    (
+        {"retrieval.scores.vectors": np.full((3, WIDTH), 0.5)},
+        "tensor 'retrieval.scores.vectors': 1.22474; at most 1 is allowed",
+    ),
+    (
+        {"retrieval.scores.quality": np.full((3, 3), -2.5)},
+        "tensor 'retrieval.scores.quality': 2.5; at most 2 is allowed",
     ),
 ]
 
@@ -186,7 +236,7 @@ def test_exactly_the_declared_tensors(tmp_path: Path, tensors: dict[str, Any], p
 
 
 def test_the_width_is_the_bases(tmp_path: Path) -> None:
-    made = artifacts(pilots=(), utility=None, state=None, state_layer=None)
+    made = artifacts(pilots=(), utility=None, scores=None, static=None, state=None, state_layer=None)
     routed(made).save(tmp_path)
     with pytest.raises(AdmissionError) as caught:
         RoutingArtifacts.load(tmp_path, RoutingInfo(retrieval=made.info), hidden_size=8)

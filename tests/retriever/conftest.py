@@ -42,7 +42,8 @@ class Retrievers:
         from composer.building import build
         from composer.planning import plan
 
-        source = self.pico.retriever_library() if registry is None else registry
+        scored = manifest.router.scorer.startswith("pilot")
+        source = self.pico.retriever_library(scored=scored) if registry is None else registry
         return build(plan(manifest, source), self.pico.scratch("out"), registry=source)
 
     def folder(self, experts: Sequence[str] = EXPERTS, **settings: Any) -> Path:

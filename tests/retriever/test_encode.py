@@ -23,6 +23,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "one pass": {"selector": "top1", "route_on": "layer_state"},
     "one pass, two experts from the middle": {"selector": "top2", "route_on": "layer_state"},
     "one pass, all experts from the middle": {"selector": "soft", "route_on": "layer_state"},
+    "before any layer": {"selector": "top1", "route_on": "static_tokens"},
+    "before any layer, all experts": {"selector": "soft", "route_on": "static_tokens"},
 }
 
 
@@ -124,6 +126,8 @@ def counting(model: Any) -> Iterator[list[int]]:
         ("one pass", [1, 1, 1, 1]),
         ("one pass, two experts from the middle", [1, 1, 2, 2]),
         ("one pass, all experts from the middle", [1, 1, 3, 3]),
+        ("before any layer", [1, 1, 1, 1]),
+        ("before any layer, all experts", [1, 1, 3, 3]),
     ],
 )
 def test_r15_rows_that_each_layer_sees(
@@ -160,6 +164,28 @@ def test_r15_the_state_routed_on_is_the_bases(retrievers: Any, pico: Any, texts:
     pooled = mean_state(states, inputs["attention_mask"]).numpy()
     expected = router.decide(pooled, np.ones((1, 3), dtype=bool)).slots[:, 0]
     assert [int(item["expert_index"]) for item in traced(model, texts)] == expected.tolist()
+
+
+def test_token_embeddings_are_routed_on_before_any_layer_runs(
+    retrievers: Any, pico: Any, texts: list[str]
+) -> None:
+    """The feature made text by text, from the matrix alone, gives the same routes; so does any padding."""
+    model = retrievers.model(**WAYS["before any layer"])
+    router = model[0].model.engine.router
+    expected = router.decide(pico._token_means(texts).astype("f8"), np.ones((1, 3), dtype=bool)).slots[:, 0]
+    assert [int(item["expert_index"]) for item in traced(model, texts)] == expected.tolist()
+    assert len(set(expected.tolist())) == 3
+    longer = traced(model, [*texts, " ".join(texts)])
+    assert [int(item["expert_index"]) for item in longer[:-1]] == expected.tolist()
+    seen: list[int] = []
+    decide = router.decide
+    router.decide = lambda *args, **kwargs: (seen.append(sum(rows)), decide(*args, **kwargs))[1]
+    try:
+        with counting(model) as rows:
+            model.encode_query(texts)
+    finally:
+        del router.decide
+    assert seen == [0]
 
 
 def test_sharing_the_lower_layers_changes_nothing_but_rounding(retrievers: Any, texts: list[str]) -> None:

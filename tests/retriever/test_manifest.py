@@ -15,7 +15,7 @@ from composer.planning import plan
 from composer.retrieval.form import RetrieverLock, RetrieverManifest
 from composer.retrieval.options import RetrievalRouter
 from experts.errors import ConsentError, CoterieError, ManifestError, PlanError
-from experts.retrieval_artifacts import Pilot, Utility
+from experts.retrieval_artifacts import Utility
 from registry import Registry
 
 CANNOT = "Manifest 'pico' cannot be composed:\n"
@@ -34,16 +34,11 @@ def registry(pico: Any) -> Registry:
     registry = Registry(shutil.copytree(pico.retriever_library().path, pico.scratch("registry")))
     x = np.random.default_rng(0).normal(size=(40, pico.width))
     x /= np.linalg.norm(x, axis=1, keepdims=True)
-    pilots = [
-        Pilot(expert=name, queries=n, vector=x[:n].mean(axis=0))
-        for name, n in (("ann/pilots", 12), ("base", 20), ("bob/search", 4))
-    ]
+    scores = pico.retrieval_scores(1, ["ann/pilots", "cid/mean"])
     utility = Utility(queries=40, experts=("ann/pilots",), gram=x.T @ x, cross=x.T @ np.full((40, 2), 0.5))
     extra = {
         "ann/pilots": {
-            "pilots": pilots,
-            "pilots_split": "heldout",
-            "pilots_metric": "margin",
+            "scores": scores,
             "utility": utility,
         },
         "cid/mean": {"count": 8, "scatter": False},
@@ -84,6 +79,7 @@ def test_defaults_and_every_key(retrievers: Any) -> None:
         "pilot_top": 3,
         "label_split": "heldout",
         "label_metric": "margin",
+        "ties": "fractional",
         "fallback": "base",
         "min_margin": 0.0,
         "min_group": 5,
@@ -135,6 +131,7 @@ def test_unknown_keys_are_errors_here_and_there(retrievers: Any, pico: Any) -> N
         ("fallback", "best", "input should be 'base', given 'best'"),
         ("similarity", "euclidean", "input should be 'base', 'cosine' or 'dot', given 'euclidean'"),
         ("label_split", "test", "input should be 'heldout' or 'train', given 'test'"),
+        ("ties", "first", "input should be 'fractional', 'own_domain' or 'drop', given 'first'"),
         ("default_task", "passage", "input should be 'query' or 'document', given 'passage'"),
     ],
 )
@@ -213,25 +210,53 @@ def test_what_an_owner_did_not_publish(retrievers: Any, registry: Registry) -> N
 def test_labels_must_be_those_that_are_asked_for(retrievers: Any, registry: Registry) -> None:
     pair = ["acme/search", "ann/pilots"]
     assert refused(retrievers.manifest(pair, scorer="pilot_max", label_metric="mrr@10"), registry) == (
-        f"{CANNOT}  - acme/search publishes no pilots, which 'pilot_max' needs; route with `scorer: lda`\n"
-        "  - ann/pilots made its pilots on 'heldout' queries by 'margin'; the router asks for 'heldout' by 'mrr@10' "
+        f"{CANNOT}  - acme/search publishes no scores of its queries, which 'pilot_max' needs; route with "
+        "`scorer: lda`\n"
+        "  - ann/pilots made its scores on 'heldout' queries by 'margin'; the router asks for 'heldout' by 'mrr@10' "
         "(label_split, label_metric)"
     )
     assert refused(retrievers.manifest(pair, scorer="ridge_utility"), registry) == (
-        f"{CANNOT}  - acme/search publishes no utility, which 'ridge_utility' needs; route with `scorer: lda`\n"
+        f"{CANNOT}  - acme/search publishes no utility of its queries, which 'ridge_utility' needs; route with "
+        "`scorer: lda`\n"
         "  - ann/pilots did not score acme/search on its queries, which 'ridge_utility' needs"
     )
-    alone = plan(retrievers.manifest(["ann/pilots"], scorer="pilot_max"), registry)
-    assert alone.optout_class == "recompose"
+    assert "ann/pilots did not score acme/search on its queries, which 'pilot_mean' needs" in refused(
+        retrievers.manifest(pair, scorer="pilot_mean"), registry
+    )
+    state = retrievers.manifest(["ann/pilots"], scorer="pilot_max", route_on="layer_state")
+    assert refused(state, registry) == (
+        f"{CANNOT}  - scorer 'pilot_max' is made of embeddings, and `route_on: layer_state` scores something else; "
+        "route on the embedding"
+    )
 
 
 def test_r21_small_groups_and_strangers_make_no_pilot(retrievers: Any, registry: Registry) -> None:
     from composer.loading import load
 
-    for smallest, expected in ((1, {"ann/pilots"}), (13, set())):
+    for smallest, rows in ((1, 1), (40, 1), (41, 0)):
         manifest = retrievers.manifest(["ann/pilots"], scorer="pilot_max", min_group=smallest)
-        [facts] = load(retrievers.compose(manifest, registry=registry))[0].model.engine.router.facts
-        assert set(facts.pilots) == expected
+        planned = plan(manifest, registry)
+        assert planned.optout_class == "exact"
+        assert planned.warnings == (
+            "ann/pilots publishes how well it was served by cid/mean, not in this composition; nothing of that is "
+            "read, and the names go with the owner's next version",
+        )
+        router = load(retrievers.compose(manifest, registry=registry))[0].model.engine.router
+        assert set(router.facts[0].labels.quality) == {"ann/pilots"}
+        solved = router.solved([0])
+        assert (np.linalg.norm(solved.vectors, axis=1) > 0).sum() == rows
+
+
+def test_token_embeddings_must_be_published(retrievers: Any, pico: Any, registry: Registry) -> None:
+    few = Registry(shutil.copytree(registry.path, pico.scratch("registry")))
+    raw = pico.write_retriever(pico.scratch("raw"), seed=41)
+    few.register(
+        pico.pack_retriever(raw, name="ida/plain", artifacts=pico.retrieval_artifacts(2, static=None))
+    )
+    assert refused(retrievers.manifest(["acme/search", "ida/plain"], route_on="static_tokens"), few) == (
+        f"{CANNOT}  - ida/plain publishes no sums of token embeddings, which `route_on: static_tokens` needs; publish "
+        "them (`retrieval: {static_statistics: true}` in its job), or route on the embedding"
+    )
 
 
 def test_layers_of_states(retrievers: Any, registry: Registry) -> None:

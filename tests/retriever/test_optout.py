@@ -23,6 +23,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "one pass, all": {"route_on": "layer_state"},
     "centroids": {"scorer": "centroid", "temperature": 0.1},
     "abstaining": {"selector": "top1", "min_margin": 1.0},
+    "pilots": {"scorer": "pilot_mean", "selector": "top2", "similarity": "dot", "temperature": 0.1},
+    "nearest pilots, ties their own": {"scorer": "pilot_max", "ties": "own_domain", "temperature": 0.1},
+    "before any layer": {"selector": "top1", "route_on": "static_tokens"},
+    "before any layer, all": {"route_on": "static_tokens"},
 }
 SETS: list[set[str]] = [{"acme"}, set(), {"bob", "zoe"}, {"acme", "bob", "zoe"}]
 
@@ -107,7 +111,10 @@ def test_r5_nothing_of_a_left_out_owner_is_multiplied(
     router = poisoned[0].model.engine.router
     facts = list(router.facts)
     bad = facts[slot - 1]
-    facts[slot - 1] = replace(bad, sum=bad.sum * np.nan, scatter=bad.scatter * np.nan, count=np.nan)
+    labels = replace(bad.labels, vectors=bad.labels.vectors * np.nan)
+    facts[slot - 1] = replace(
+        bad, sum=bad.sum * np.nan, scatter=bad.scatter * np.nan, count=np.nan, labels=labels
+    )
     router.facts = tuple(facts)
     assert np.array_equal(poisoned.encode_query(texts, opt_out={"acme"}), clean)
     mixed = poisoned.encode_query(texts[:2], opt_out=[{"acme"}, {"acme", "bob"}])
@@ -157,7 +164,14 @@ def test_r6_mistakes_are_named(retrievers: Any, texts: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "router", [{}, {"selector": "top1"}, {"selector": "top1", "route_on": "layer_state"}], ids=str
+    "router",
+    [
+        {},
+        {"selector": "top1"},
+        {"selector": "top1", "route_on": "layer_state"},
+        {"scorer": "pilot_mean", "selector": "top1"},
+    ],
+    ids=str,
 )
 def test_every_door_is_proved_bit_for_bit(retrievers: Any, router: dict[str, Any], texts: list[str]) -> None:
     rows = verify_optout(retrievers.folder(**router), prompts=texts)
@@ -180,20 +194,3 @@ def test_the_proof_finds_what_is_not_the_never_joined_model(
     )
     rows = verify_optout(retrievers.folder(), owner="bob")
     assert {row.door: row.passed for row in rows} == {"build": True, "load": True, "request": False}
-
-
-def test_labels_of_each_others_queries_promise_less(retrievers: Any) -> None:
-    """Owners who label with each other's experts remember who left."""
-    from composer.recipes.router_retriever import RouterRetriever
-
-    promised = {
-        name: RouterRetriever().optout(retrievers.manifest(scorer=name))
-        for name in ("lda", "centroid", "pilot_mean", "pilot_max", "ridge_utility")
-    }
-    assert promised == {
-        "lda": "exact",
-        "centroid": "exact",
-        "pilot_mean": "recompose",
-        "pilot_max": "recompose",
-        "ridge_utility": "recompose",
-    }

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from composer.retrieval.calibration import fit_temperature
-from composer.retrieval.facts import Array, ExpertFacts
+from composer.retrieval.facts import Array, ExpertFacts, Labels
 from composer.retrieval.options import RetrievalRouter
 from composer.retrieval.router import Router
 from composer.retrieval.scorers import RETRIEVAL_SCORERS, RETRIEVAL_SELECTORS
@@ -25,17 +26,20 @@ def facts(names: Sequence[str] = NAMES, *, seed: int = 0, count: int = 40) -> li
     for name in names:
         random = np.random.default_rng([seed, NAMES.index(name)])
         x = random.normal(size=(count, D)) + 2 * random.normal(size=D)
-        labels = random.integers(0, len(NAMES), size=count)
         quality = random.random(size=(count, len(NAMES) + 1))
+        # a few values, as of nDCG, so that ties are the rule
+        tied = np.round(quality[:, 1:] * 2) / 2
         made.append(
             ExpertFacts(
                 name=name,
                 count=count,
                 sum=x.sum(axis=0),
                 scatter=x.T @ x,
-                pilots={
-                    NAMES[i]: x[labels == i].mean(axis=0) for i in range(len(NAMES)) if NAMES[i] in names
-                },
+                labels=Labels(
+                    counts=np.ones(count),
+                    vectors=x,
+                    quality={n: tied[:, i] for i, n in enumerate(NAMES) if n in names},
+                ),
                 gram=x.T @ x,
                 utility={n: x.T @ quality[:, i] for i, n in enumerate(("base", *NAMES))},
             )
@@ -68,6 +72,29 @@ def router(
 
 def queries(rows: int = 50) -> Array:
     return np.random.default_rng(9).normal(size=(rows, D)) * 2
+
+
+def by_hand(known: Sequence[ExpertFacts], names: Sequence[str], ties: str = "fractional") -> dict[str, Any]:
+    """Pilots query by query, of the owners of ``names`` alone: a mean for each owner's queries and each best expert."""
+    pilots: dict[str, list[Array]] = {name: [] for name in names}
+    for f in known:
+        if f.name not in names or f.labels is None:
+            continue
+        parts: dict[str, list[tuple[float, Array]]] = {name: [] for name in names}
+        for row, vector in enumerate(f.labels.vectors):
+            top = max(f.labels.quality[name][row] for name in names)
+            best = [name for name in names if f.labels.quality[name][row] == top]
+            if len(best) > 1 and ties == "drop":
+                continue
+            if ties == "own_domain" and f.name in best:
+                best = [f.name]
+            for name in best:
+                parts[name].append((1 / len(best), vector))
+        for name, found in parts.items():
+            total = sum(share for share, _ in found)
+            if total >= 1:
+                pilots[name].append(sum(share * vector for share, vector in found) / total)
+    return pilots
 
 
 def everybody(n: int = len(NAMES)) -> Any:
@@ -105,7 +132,7 @@ def test_pilots_against_one_product_each(similarity: str) -> None:
     def like(a: Array, b: Array) -> float:
         return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b) if similarity == "cosine" else 1.0))
 
-    every = [[[like(q, f.pilots[name]) for f in known] for name in NAMES] for q in x]
+    every = [[[like(q, pilot) for pilot in by_hand(known, NAMES)[name]] for name in NAMES] for q in x]
     reduced = {
         "pilot_mean": [[np.mean(s) for s in row] for row in every],
         "pilot_max": [[max(s) for s in row] for row in every],
@@ -147,6 +174,50 @@ def test_ridge_is_the_regression_on_all_queries_at_once() -> None:
 # -------------------------------------------------------------------- functions of a set
 
 
+def without_column(labels: Any, name: str) -> Labels:
+    return replace(labels, quality={n: v for n, v in labels.quality.items() if n != name})
+
+
+def with_quality(labels: Any, name: str, value: float, *, everybody: bool = False) -> Labels:
+    """One expert's quality, or everybody's, is the same on all queries."""
+    changed = {n: np.full(len(v), value) for n, v in labels.quality.items() if everybody or n == name}
+    return replace(labels, quality={**labels.quality, **changed})
+
+
+def poisoned(labels: Any, *, only: str | None = None) -> Labels:
+    """NaN everywhere, or in one expert's column."""
+    quality = {n: v * np.nan if only in (None, n) else v for n, v in labels.quality.items()}
+    return replace(labels, vectors=labels.vectors * (np.nan if only is None else 1.0), quality=quality)
+
+
+@pytest.mark.parametrize("ties", ["fractional", "own_domain", "drop"])
+def test_r3_a_removed_owners_queries_vanish_and_the_others_are_labelled_anew(ties: str) -> None:
+    known, changed = facts(), 0
+    for gone in [(), *((name,) for name in NAMES), ("acme/a", "dan/d")]:
+        kept = [n for n in NAMES if n not in gone]
+        positions = [i for i, n in enumerate(NAMES) if n in kept]
+        solved = router(known, "pilot_max", ties=ties, similarity="dot", min_group=1).solved(positions)
+        never = by_hand(known, kept, ties)
+        expected = np.stack([pilot for name in kept for pilot in never[name]])
+        assert solved.vectors.shape == expected.shape
+        assert np.allclose(solved.vectors, expected, atol=1e-12)
+        # the control: to delete an owner's pilots, and those made of their queries, is not the same
+        whole = by_hand(known, NAMES, ties)
+        deleted = [p for n in kept for p, source in zip(whole[n], NAMES, strict=True) if source in kept]
+        changed += not np.allclose(np.stack(deleted), expected)
+    assert changed == 5
+
+
+def test_ties_and_small_groups_are_the_manifests_business() -> None:
+    known = facts()
+    bytes_by_rule = {
+        router(known, "pilot_mean", ties=ties).solved(range(4)).to_bytes()
+        for ties in ("fractional", "own_domain", "drop")
+    }
+    assert len(bytes_by_rule) == 3
+    assert router(known, "pilot_max", ties="drop", min_group=10_000).solved(range(4)).vectors.shape == (1, D)
+
+
 @pytest.mark.parametrize("name", sorted(RETRIEVAL_SCORERS))
 def test_r3_r11_a_subset_of_a_router_is_the_subsets_own_router(name: str) -> None:
     whole = router(facts(), name)
@@ -161,7 +232,7 @@ def test_r3_r11_a_subset_of_a_router_is_the_subsets_own_router(name: str) -> Non
                 count=f.count,
                 sum=f.sum,
                 scatter=f.scatter,
-                pilots={n: v for n, v in f.pilots.items() if n != gone},
+                labels=without_column(f.labels, gone),
                 gram=f.gram,
                 utility=f.utility,
             )
@@ -181,12 +252,14 @@ def test_who_is_not_allowed_is_never_scored(name: str, selector: str) -> None:
         sum=known[1].sum * np.nan,
         scatter=np.full((D, D), np.nan),
         gram=np.full((D, D), np.nan),
-        pilots={n: v * np.nan for n, v in known[1].pilots.items()},
+        labels=poisoned(known[1].labels),
         utility={n: v * np.nan for n, v in known[1].utility.items()},
     )
     allowed = np.array([[True, False, True, True]])
     clean = router(known, name, selector).decide(queries(), allowed, trace=True)
-    found = router([known[0], poison, *known[2:]], name, selector).decide(queries(), allowed, trace=True)
+    # and what the others say of them
+    rest = [replace(f, labels=poisoned(f.labels, only="bob/b")) for f in (known[0], *known[2:])]
+    found = router([rest[0], poison, *rest[1:]], name, selector).decide(queries(), allowed, trace=True)
     for field in ("slots", "weights", "margin", "scores"):
         assert np.array_equal(getattr(found, field), getattr(clean, field)), field
     assert 2 not in found.slots
@@ -253,17 +326,13 @@ def test_rows_may_allow_different_experts() -> None:
 
 def test_an_expert_without_a_pilot_is_never_chosen() -> None:
     known = facts()
-    lonely = [
-        ExpertFacts(
-            name=f.name, count=f.count, sum=f.sum, pilots={n: v for n, v in f.pilots.items() if n != "bob/b"}
-        )
-        for f in known
-    ]
+    lonely = [replace(f, labels=with_quality(f.labels, "bob/b", -1.0)) for f in known]
     for name in ("pilot_mean", "pilot_max"):
         decision = router(lonely, name, "soft").decide(queries(), everybody())
         assert (decision.dense(4)[:, 2] == 0).all()
-    none = [ExpertFacts(name=f.name, count=f.count, sum=f.sum) for f in known]
-    assert (router(none, "pilot_max").decide(queries(), everybody()).dense(4)[:, 0] == 1).all()
+    none = [replace(f, labels=with_quality(f.labels, "acme/a", 0.0, everybody=True)) for f in known]
+    decision = router(none, "pilot_max", ties="drop").decide(queries(), everybody())
+    assert (decision.dense(4)[:, 0] == 1).all()
 
 
 def test_r17_harmful_experts_are_not_asked() -> None:

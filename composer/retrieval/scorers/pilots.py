@@ -1,7 +1,8 @@
 """Routes by pilots: one mean query for each group of an owner's queries that one expert serves best.
 
-Owners label their queries with each other's experts, so whoever leaves takes the pilots that speak of them along, and
-the others' labels still remember them: the recipe calls that `recompose`. Knows vectors only.
+Owners publish how well every expert serves their queries, and the groups are formed here, among the experts that may
+answer. Whoever leaves takes their queries and their column along, and the queries that they served best go to whoever
+is best among the rest: the pilots are those of a library that they never were in. Knows vectors only.
 """
 
 from __future__ import annotations
@@ -12,14 +13,10 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from composer.retrieval.facts import Array, ExpertFacts
+from composer.retrieval.labelling import pilots_among
 from composer.retrieval.scorers.base import Need, RetrievalScorer, Solved, unit_rows
 
-__all__ = ["PilotLogSumExp", "PilotMax", "PilotMean", "PilotTopMean", "pilots_of"]
-
-
-def pilots_of(experts: Sequence[ExpertFacts]) -> dict[str, list[Array]]:
-    """Collect the pilots of every expert: those of all owners' files, by the name of the file's expert."""
-    return {e.name: [source.pilots[e.name] for source in experts if e.name in source.pilots] for e in experts}
+__all__ = ["PilotLogSumExp", "PilotMax", "PilotMean", "PilotTopMean"]
 
 
 class _Pilots(RetrievalScorer):
@@ -30,7 +27,8 @@ class _Pilots(RetrievalScorer):
 
     def solve(self, experts: Sequence[ExpertFacts]) -> Solved:
         """Form the pilots, and average them where the mean decides: the mean product is the mean's product."""
-        pilots = list(pilots_of(experts).values())
+        options = self.options
+        pilots = list(pilots_among(experts, ties=options.ties, min_group=options.min_group).values())
         absent = tuple(i for i, mine in enumerate(pilots) if not mine)
         rows = [self._prepared(np.stack(mine)) for mine in pilots if mine]
         if not rows:  # nobody has a pilot, so nobody is ever ahead
