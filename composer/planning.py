@@ -202,8 +202,9 @@ def _check_consent(experts: Sequence[PlannedExpert], registry: Source) -> None:
 
 def _candidate(expert: PlannedExpert, description: BaseDescription, registry: Source) -> Candidate:
     """Resolve the expert's configuration on the base."""
-    kind = get_kind(expert.card.kind)
-    config = kind.read_config(registry.files(expert.record)[kind.config_file])
+    files = registry.files(expert.record)
+    kind = get_kind(expert.card.kind).form(files)
+    config = kind.read_config(files[kind.config_file])
     return Candidate(card=expert.card, ffn_only=kind.resolve(config, description).ffn_only)
 
 

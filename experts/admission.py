@@ -120,7 +120,7 @@ def check_files(folder: Path, card: ExpertCard) -> None:
     Raises:
         AdmissionError: Lists every offender.
     """
-    kind = get_kind(card.kind)
+    kind = get_kind(card.kind).form({entry.path for entry in card.files})
     allowed = {*kind.files, *([card.routing.file] if card.routing else [])}
     declared = {entry.path: entry for entry in card.files}
     found = _walk(folder)
@@ -197,10 +197,11 @@ def check_contents(
         AdmissionError: Lists every offender of the first step that fails.
     """
     _check_base(card, base)
-    kind = get_kind(card.kind)
+    kind = get_kind(card.kind).form(files)
     kind.check_base(base)
     config = kind.read_config(files[kind.config_file])
     resolved = kind.resolve(config, base)
+    kind.check_more(files, base, card.base)
     with open_regular(files[kind.weights_file]) as stream:
         header = read_header_from(stream, what=f"'{kind.weights_file}'")
         dtype = _check_tensors(kind, resolved, header, card)

@@ -19,6 +19,7 @@ from experts.ffn_layout import FFNLayout, FoundLayout, find_layout
 from experts.fingerprint import MAX_BASE_TENSORS, Progress, checkpoint_files, describe_checkpoint
 from experts.safetensors_header import DTYPE_BYTES, TensorSpec
 from experts.strict import load_json, validate
+from experts.tokens import TOKENIZER_FILE, tokens_digest
 
 __all__ = ["BaseDescription", "LinearSpec", "TensorSpec"]
 
@@ -62,6 +63,8 @@ class BaseDescription:
     """Dtype of the feed-forward weights in safetensors' spelling."""
     embedding: EmbeddingSpec | None = None
     """How an encoder makes vectors of texts; None for language models."""
+    tokens: str | None = None
+    """An encoder's `experts.tokens.tokens_digest`; None for language models and encoders without ``tokenizer.json``."""
 
     @classmethod
     def from_folder(cls, path: Path, *, progress: Progress | None = None) -> Self:
@@ -84,7 +87,13 @@ class BaseDescription:
         listed = {name: spec for held in checkpoint_files(path).values() for name, spec in held.items()}
         embedding = _embedding(path, find_layout(listed, config=config), listed, config=config)
         tensors, fingerprint = describe_checkpoint(path, progress=progress)
-        return cls._from_parts(config=config, tensors=tensors, fingerprint=fingerprint, embedding=embedding)
+        return cls._from_parts(
+            config=config,
+            tensors=tensors,
+            fingerprint=fingerprint,
+            embedding=embedding,
+            tokens=None if embedding is None else _tokens(path),
+        )
 
     @classmethod
     def from_headers(cls, path: Path) -> Self:
@@ -110,6 +119,7 @@ class BaseDescription:
         tensors: Mapping[str, TensorSpec],
         fingerprint: str,
         embedding: EmbeddingSpec | None,
+        tokens: str | None = None,
     ) -> Self:
         found = find_layout(tensors, config=config)
         down = tensors[f"{found.layout.name_of('down', prefix=found.prefix, layer=0)}.weight"]
@@ -124,6 +134,7 @@ class BaseDescription:
             intermediate_size=down.shape[1],
             dtype=down.dtype,
             embedding=embedding,
+            tokens=tokens,
         )
 
     def ffn_linears(self, layer: int) -> dict[str, LinearSpec]:
@@ -166,6 +177,8 @@ class BaseDescription:
         }
         if self.embedding is not None:
             record["embedding"] = self.embedding.model_dump(mode="json")
+        if self.tokens is not None:
+            record["tokens"] = self.tokens
         return json.dumps(record, sort_keys=True, separators=(",", ":"))
 
     @classmethod
@@ -187,6 +200,7 @@ class BaseDescription:
             tensors=tensors,
             fingerprint=record.fingerprint,
             embedding=record.embedding,
+            tokens=record.tokens,
         )
 
 
@@ -204,6 +218,11 @@ def _embedding(
     return read_embedding(path, config=config, hidden_size=down.shape[0])
 
 
+def _tokens(path: Path) -> str | None:
+    file = path / TOKENIZER_FILE
+    return tokens_digest(file, follow_symlinks=True) if file.exists() else None
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -212,3 +231,4 @@ class _Record(BaseModel):
     fingerprint: str
     tensors: dict[str, tuple[str, tuple[int, ...]]]
     embedding: EmbeddingSpec | None = None
+    tokens: str | None = None

@@ -89,7 +89,7 @@ def pack(
     optout_class: Literal["exact", "recompose", "retrain"] = "exact",
     kind: str | None = None,
 ) -> ExpertCard:
-    """Make a publishable expert out of a PEFT adapter folder, a folder of kind ``ffn``, or a whole model.
+    """Make a publishable expert out of a PEFT adapter folder, a folder of kind ``ffn``, or a whole model or encoder.
 
     Nothing appears under ``staging`` unless everything succeeded.
 
@@ -121,7 +121,11 @@ def pack(
     checked_license = check_license(license)
     if staging.exists() and (not staging.is_dir() or any(staging.iterdir())):
         raise AdmissionError(f"'{staging}' exists and is not an empty folder; name another one.")
-    expert_kind = get_kind(kind) if kind else detect_kind(folder, embeds=base.embedding is not None)
+    expert_kind = (
+        get_kind(kind).form({path.name for path in folder.iterdir()})
+        if kind
+        else detect_kind(folder, embeds=base.embedding is not None)
+    )
     expert_kind.check_base(base)
     _check_raw(folder, expert_kind, routing)
     expert_kind.check_raw(folder, base, base_ref)
@@ -130,6 +134,7 @@ def pack(
         config = _copy_config(folder, partial, expert_kind, base_ref)
         resolved = expert_kind.resolve(config, base)
         remarks = expert_kind.install_weights(folder, partial / expert_kind.weights_file, base)
+        expert_kind.install_more(folder, partial)
         if routing is not None:
             copy_file(folder / routing.file, partial / routing.file)
         card = ExpertCard.create(
@@ -176,6 +181,8 @@ def _check_raw(folder: Path, kind: ExpertKind, routing: RoutingInfo | None) -> N
     for name, info in found.items():
         if name == ROUTING_FILE and routing is None:
             problems.append(f"{name}: not described; say what it holds (routing=...) or remove it")
+        elif name in kind.folders_left_behind and stat.S_ISDIR(info.st_mode):
+            continue
         elif name not in allowed:
             problems.append(
                 f"{name}: {describe_mode(info.st_mode)} that is no part of a {kind.name} expert; remove it"

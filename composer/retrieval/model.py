@@ -1,4 +1,4 @@
-"""A query encoder made of one frozen base and any number of owners' adapters, as transformers sees it.
+"""A query encoder made of one frozen base and any number of owners' experts, as transformers sees it.
 
 Documents are the base's own, bit for bit; queries are routed. Knows tasks, owners and layers; how texts become ids
 and states become vectors is the business of sentence-transformers.
@@ -60,6 +60,8 @@ class RetrieverEncoder(PreTrainedModel):  # type: ignore[misc]
         super().__init__(config)
         self.base = base if base is not None else AutoModel.from_config(config.base_config)
         self.membership = membership or Membership()
+        self.whole = nn.ModuleDict()
+        """Whole query encoders by slot, each its owner's own."""
         self.engine: Engine | None = None
         self.default_task: Task | None = None
         self._accepted = _parameters(self.base)
@@ -148,9 +150,13 @@ class RetrieverEncoder(PreTrainedModel):  # type: ignore[misc]
         """Call the base with whatever of ``inputs`` it takes."""
         return self._run(inputs)
 
-    def _run(self, inputs: dict[str, Any]) -> Any:
+    def run_whole(self, slot: int, inputs: dict[str, torch.Tensor]) -> Any:
+        """Call the whole query encoder of a slot with whatever of ``inputs`` it takes."""
+        return self._run(inputs, self.whole[str(slot)])
+
+    def _run(self, inputs: dict[str, Any], encoder: nn.Module | None = None) -> Any:
         taken = inputs if self._accepted is None else {k: v for k, v in inputs.items() if k in self._accepted}
-        return self.base(**{**taken, "return_dict": True})
+        return (self.base if encoder is None else encoder)(**{**taken, "return_dict": True})
 
     def _task(self, task: str | None) -> Task:
         if task in ("query", "document"):

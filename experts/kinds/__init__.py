@@ -54,7 +54,7 @@ def detect_kind(folder: Path, *, embeds: bool = False) -> ExpertKind:
     kinds = [kind for name in KINDS if (kind := get_kind(name)).embeds == embeds]
     fitting = [kind for kind in kinds if kind.detect(folder)]
     if len(fitting) == 1:
-        return fitting[0]
+        return fitting[0].form({path.name for path in folder.iterdir()})
     if fitting:
         names = " and ".join(kind.name for kind in fitting)
         raise AdmissionError(
@@ -62,8 +62,12 @@ def detect_kind(folder: Path, *, embeds: bool = False) -> ExpertKind:
         )
     raise AdmissionError(
         f"'{folder}' is not an expert folder{_hint(folder)}. Looked for:",
-        problems=[f"{kind.name}: {kind.config_file} and {kind.weights_file}" for kind in kinds],
+        problems=[f"{form.name}: {_listed(form.files)}" for kind in kinds for form in kind.forms],
     )
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _hint(folder: Path) -> str:
@@ -74,5 +78,5 @@ def _hint(folder: Path) -> str:
             ": adapter_model.bin is a pickle, which is never read; save the adapter again with "
             "save_pretrained(..., safe_serialization=True)"
         )
-    hints = (get_kind(name).hint(folder) for name in KINDS)
+    hints = (form.hint(folder) for name in KINDS for form in get_kind(name).forms)
     return next((f": {hint}" for hint in hints if hint), "")

@@ -6,7 +6,7 @@ Knows the questions; each kind's own file knows the answers.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -53,6 +53,10 @@ class ExpertKind(ABC):
     weights_file: ClassVar[str]
     left_behind: ClassVar[frozenset[str]] = frozenset()
     """Files that may lie beside this kind's own in a raw folder; they are never copied."""
+    folders_left_behind: ClassVar[frozenset[str]] = frozenset()
+    """Folders of the same sort."""
+    more_files: ClassVar[tuple[str, ...]] = ()
+    """Further files that every expert of this kind has."""
     links_allowed: ClassVar[bool] = False
     """Whether the files of a raw folder may be links, as in a download cache; a packed expert never holds one."""
     embeds: ClassVar[bool] = False
@@ -61,7 +65,23 @@ class ExpertKind(ABC):
     @property
     def files(self) -> tuple[str, ...]:
         """The files that every expert of this kind has besides the card."""
-        return tuple(sorted((self.config_file, self.weights_file)))
+        return tuple(sorted((self.config_file, self.weights_file, *self.more_files)))
+
+    @property
+    def forms(self) -> tuple[ExpertKind, ...]:
+        """The forms that an expert of this kind takes, each with files of its own; all have the kind's name."""
+        return (self,)
+
+    def form(self, files: Collection[str]) -> ExpertKind:
+        """Return the form that has these files.
+
+        Args:
+            files: Names of files, perhaps with others among them.
+
+        Raises:
+            AdmissionError: They are those of several forms.
+        """
+        return self
 
     def detect(self, folder: Path) -> bool:
         """Say whether the folder holds this kind's files (whatever is in them)."""
@@ -110,6 +130,27 @@ class ExpertKind(ABC):
         """
         copy_file(folder / self.weights_file, target)
         return []
+
+    def install_more(self, folder: Path, target: Path) -> None:
+        """Write `more_files` of the raw ``folder`` into the folder ``target``.
+
+        Raises:
+            AdmissionError: One of them cannot be packed.
+        """
+        return
+
+    def check_more(self, files: Mapping[str, Path], base: BaseDescription, base_ref: BaseRef) -> None:
+        """Check what `more_files` say.
+
+        Args:
+            files: Path in the card to the file.
+            base: The anchor.
+            base_ref: What the card says of the anchor.
+
+        Raises:
+            AdmissionError: Lists every offender.
+        """
+        return
 
     def read_config(self, path: Path) -> dict[str, object]:
         """Read the configuration file; the path may have any name.

@@ -268,8 +268,14 @@ def _plain(folder: Path) -> bool:
     """Whether the folder holds nothing but regular files, and links where its kind of expert may have them."""
     from experts.kinds import KINDS, get_kind
 
-    linked = any(get_kind(name).links_allowed and get_kind(name).detect(folder) for name in KINDS)
-    modes = [(entry.stat() if linked else entry.lstat()).st_mode for entry in folder.iterdir()]
+    forms = [form for name in KINDS for form in get_kind(name).forms if form.detect(folder)]
+    linked = any(form.links_allowed for form in forms)
+    skipped = {name for form in forms for name in form.folders_left_behind}
+    modes = [
+        (entry.stat() if linked else entry.lstat()).st_mode
+        for entry in folder.iterdir()
+        if entry.name not in skipped
+    ]
     return all(map(stat.S_ISREG, modes))
 
 

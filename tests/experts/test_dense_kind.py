@@ -260,7 +260,7 @@ def test_the_base_itself_is_remarked_on(tuned: Make, packed_as: Any) -> None:
 
 
 def test_packing_holds_no_tensor(tuned: Make, packed_as: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("experts.kinds.dense.CHUNK", 512)
+    monkeypatch.setattr("experts.kinds.checkpoint.CHUNK", 512)
     raw, sizes = tuned(), []
     real = os.pread
     monkeypatch.setattr(os, "pread", lambda fd, size, start: sizes.append(size) or real(fd, size, start))
