@@ -162,7 +162,7 @@ def plan_change(
     kept = {expert.name: f"{expert.name}@{expert.version}" for expert in own.lock.experts}
     _check_members(path, kept, out, new)
     source = EditSource(own, registry if add else None, new)
-    planned = plan(_changed(manifest, set(kept) - out, new, prompts), source)
+    planned = plan(_changed(manifest, set(kept) - out, new, prompts), source, changed=True)
     if new_rows is not None:
         problems = growth_problems(own.lock, new_rows, replaced=set(new) & set(kept), removed=out)
         if problems:

@@ -113,12 +113,14 @@ class Plan:
         }
 
 
-def plan(manifest: Manifest, registry: Source) -> Plan:
+def plan(manifest: Manifest, registry: Source, *, changed: bool = False) -> Plan:
     """Resolve and check a manifest.
 
     Args:
         manifest: The builder's wish.
         registry: Where its names are looked up.
+        changed: Whether owners came or left since the manifest was written; more experts a token than are left then
+            mean all of them, as they do when an owner is left out.
 
     Raises:
         PlanError: Everything that stands in the way, at once.
@@ -126,6 +128,7 @@ def plan(manifest: Manifest, registry: Source) -> Plan:
     """
     recipe: Recipe = RECIPES.load(manifest.recipe)()
     base = registry.base(manifest.base)
+    too_many = _top_k_problems(manifest)  # of what was written: a preset is for any number of experts
     manifest = recipe.expand(expand_preset(manifest, base.description))
     wanted, left_out = _resolve(manifest, registry)
     _check_consent(wanted, registry)
@@ -138,6 +141,7 @@ def plan(manifest: Manifest, registry: Source) -> Plan:
     cards = [expert.card for expert in experts]
     description = base.description
     problems = [*_base_problems(base, cards), *_duplicates(cards)]
+    problems += [] if changed else too_many
     problems += recipe.manifest_problems(manifest, description)
     if not problems:
         candidates = [_candidate(expert, description, registry) for expert in experts]
@@ -220,6 +224,20 @@ def _base_problems(base: BaseRecord, cards: Sequence[ExpertCard]) -> list[str]:
 def _duplicates(cards: Sequence[ExpertCard]) -> list[str]:
     names = [card.name for card in cards]
     return [f"{name} is listed more than once" for name in sorted({n for n in names if names.count(n) > 1})]
+
+
+def _top_k_problems(manifest: Manifest) -> list[str]:
+    """Compare the experts per token with those that are listed, whoever of them the manifest leaves out."""
+    if manifest.recipe != "flexolmo" or "top_k" not in manifest.router.model_fields_set:
+        return []
+    top_k, listed = manifest.router.top_k, len(manifest.experts)
+    if top_k <= listed + 1:
+        return []
+    noun = "expert" if listed == 1 else "experts"
+    return [
+        f"router.top_k: {top_k} found, but {listed} {noun} and the anchor are all that a token can be sent to; "
+        f"write at most {listed + 1}"
+    ]
 
 
 def _costs(

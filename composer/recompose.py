@@ -47,7 +47,7 @@ def recompose(
         upcycle=source.lock.upcycle and source.lock.upcycle.without(gone),
         dtype=source.lock.dtype,  # type: ignore[arg-type]
     )
-    return build(plan(manifest, source), out, registry=source)
+    return build(plan(manifest, source, changed=True), out, registry=source)
 
 
 def _entry(expert: LockedExpert) -> ExpertEntry:

@@ -71,8 +71,23 @@ def test_a_plan_is_plain_data(pico: Any, manifest: Callable[..., Any]) -> None:
 
 
 def test_more_experts_per_token_than_there_are(pico: Any, manifest: Callable[..., Any]) -> None:
-    planned = plan(manifest(top_k=5), pico.library())
-    assert planned.warnings == ("router.top_k is 5; with 3 experts and the anchor every token uses all 4.",)
+    assert _refused(manifest(top_k=5), pico.library()) == (
+        "Manifest 'pico' cannot be composed:\n"
+        "  - router.top_k: 5 found, but 3 experts and the anchor are all that a token can be sent to; write at most 4"
+    )
+    assert plan(manifest(top_k=4), pico.library()).warnings == ()
+
+
+def test_more_experts_per_token_than_are_left(pico: Any, manifest: Callable[..., Any]) -> None:
+    """Whoever leaves must not make the manifest wrong; nor must a preset that is meant for more experts."""
+    expected = ("router.top_k is 4; with 2 experts and the anchor every token uses all 3.",)
+    assert plan(manifest(top_k=4, opt_out=("bob",)), pico.library()).warnings == expected
+    two = manifest(experts=("acme/full", "zoe/full"), preset="paper")
+    assert plan(two, pico.library()).warnings == expected
+    assert (
+        plan(manifest(experts=("acme/low", "zoe/low"), top_k=4), pico.library(), changed=True).warnings
+        == expected
+    )
 
 
 def test_unknown_names(pico: Any, manifest: Callable[..., Any]) -> None:
