@@ -99,7 +99,8 @@ class StatisticsSettings(_Settings):
     """Leave out the first position of every window. It sees no context, but it is what generation starts from,
     so it is included by default."""
     noise: NoiseSettings | None = None
-    """Differential privacy for the documents behind them; none by default. The base must publish statistics."""
+    """Differential privacy for the documents behind them, or the queries of a retriever; none by default. For language
+    models the base must publish statistics."""
 
 
 class BiasSettings(_Settings):
@@ -369,10 +370,27 @@ class DomainJob(_Settings):
         fields = type(self).model_fields
         idle = [name for name in LANGUAGE_FIELDS if getattr(self, name) != fields[name].default]
         problems = [f"{', '.join(idle)}: not for retrievers; leave them out"] if idle else []
-        if self.statistics.noise is not None:
-            problems.append("statistics.noise is not there for retrievers yet; leave it out")
+        problems += self._query_noise_problems()
         if isinstance(self.held_out, Path):
             problems.append("held_out must be a share for retrievers")
+        return problems
+
+    def _query_noise_problems(self) -> list[str]:
+        noise = self.statistics.noise
+        if noise is None:
+            return []
+        problems = []
+        if noise.clip != NoiseSettings.model_fields["clip"].default:
+            problems.append("statistics.noise.clip: every query of a retriever has length 1; leave it out")
+        if (
+            self.retrieval is not None
+            and self.retrieval.second_moment == "always"
+            and noise.release == "mean"
+        ):
+            problems.append(
+                "retrieval.second_moment is 'always', but statistics.noise.release 'mean' publishes none; write "
+                "release: moments"
+            )
         return problems
 
     @classmethod

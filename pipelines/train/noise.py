@@ -27,7 +27,16 @@ from experts.routing_artifacts import NoiseInfo, Statistics
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Contributions", "NoiseBudget", "noise_multiplier", "normalised", "project_covariance", "release"]
+__all__ = [
+    "Contributions",
+    "NoiseBudget",
+    "add_noise",
+    "noise_multiplier",
+    "normalised",
+    "project_covariance",
+    "release",
+    "symmetric_noise",
+]
 
 _GRID = 1024.0
 """Noisy numbers are rounded to this part of the noise's standard deviation."""
@@ -160,12 +169,12 @@ def release(given: Contributions, *, secret: bytes) -> tuple[Statistics, NoiseIn
     multiplier = noise_multiplier(epsilon=budget.epsilon, delta=budget.delta) * math.sqrt(queries)
     random = _generator(secret, given)
     sigma = multiplier * 2 * given.clip_norm / count
-    shift = _noisy(given.mean / count, random.normal(scale=sigma, size=given.mean.shape), sigma)
+    shift = add_noise(given.mean / count, random.normal(scale=sigma, size=given.mean.shape), sigma)
     covariance = given.public.covariance
     if given.second is not None:
         second_sigma = multiplier * 2 * given.second_clip_norm / count
-        noise = _symmetric_noise(len(shift), second_sigma, random)
-        covariance = _noisy(given.second / count, noise, second_sigma) - np.outer(shift, shift)
+        noise = symmetric_noise(len(shift), second_sigma, random)
+        covariance = add_noise(given.second / count, noise, second_sigma) - np.outer(shift, shift)
     statistics = _possible(
         given.public.mean + shift,
         covariance,
@@ -195,7 +204,7 @@ def _generator(secret: bytes, given: Contributions) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(seed, "big"))
 
 
-def _symmetric_noise(width: int, sigma: float, random: np.random.Generator) -> NDArray[np.float64]:
+def symmetric_noise(width: int, sigma: float, random: np.random.Generator) -> NDArray[np.float64]:
     """Gaussian noise on symmetric matrices with the Frobenius norm: entries off the diagonal count twice in it."""
     draw = random.normal(scale=sigma, size=(width, width))
     upper = np.triu(draw, 1) / math.sqrt(2)
@@ -203,7 +212,8 @@ def _symmetric_noise(width: int, sigma: float, random: np.random.Generator) -> N
     return noise
 
 
-def _noisy(value: NDArray[np.float64], noise: NDArray[np.float64], sigma: float) -> NDArray[np.float64]:
+def add_noise(value: NDArray[np.float64], noise: NDArray[np.float64], sigma: float) -> NDArray[np.float64]:
+    """Add noise of standard deviation ``sigma`` and round to a grid of a small part of it; any shape."""
     step = sigma / _GRID
     rounded: NDArray[np.float64] = np.round((value + noise) / step) * step
     return rounded

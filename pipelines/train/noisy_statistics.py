@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pipelines.train.job import DomainJob
     from pipelines.train.states import SplitDecoder
 
-__all__ = ["check_public_statistics", "noisy_statistics"]
+__all__ = ["check_public_statistics", "noise_secret", "noisy_statistics"]
 
 _KEY_FILE = "noise.key"
 _BATCH = 8
@@ -75,8 +75,14 @@ def noisy_statistics(
     given = Contributions(public=public, budget=budget, normalization=job.statistics.normalization)
     for ids in documents:
         given.add(_states(split, ids, skip_first=job.statistics.skip_first))
-    secret = _key(job.directory / _KEY_FILE) if settings.seed is None else str(settings.seed).encode()
-    return release(given, secret=secret)
+    return release(given, secret=noise_secret(job))
+
+
+def noise_secret(job: DomainJob) -> bytes:
+    """Return what the noise is drawn from: the seed of a job with ``statistics.noise``, or the owner's own key."""
+    settings = job.statistics.noise
+    assert settings is not None, "noise was asked for"
+    return _key(job.directory / _KEY_FILE) if settings.seed is None else str(settings.seed).encode()
 
 
 def _states(split: SplitDecoder, ids: Tensor, *, skip_first: bool) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from experts.base import BaseDescription
+from experts.errors import TrainingError
 from pipelines.train.states import Skip
 
 __all__ = ["QueryStates", "RetrievalBase", "mean_state"]
@@ -154,6 +155,21 @@ class RetrievalBase:
         prompt = self.spec.prompts.get("query")
         found: dict[str, Any] = self.model.preprocess(list(texts), prompt=prompt, task="query")
         return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+    @torch.no_grad()
+    def mean_tokens(self, features: dict[str, Tensor]) -> Tensor:
+        """Mean token embeddings, of length 1, ``(batch, hidden)`` float32; no layer runs.
+
+        Raises:
+            TrainingError: The embedding matrix has another width than the states.
+        """
+        table: Tensor = self.encoder.get_input_embeddings().weight  # type: ignore[operator]
+        if table.shape[1] != self.width:
+            raise TrainingError(
+                f"static_statistics: the base's token embeddings have {table.shape[1]} dimensions, its states "
+                f"{self.width}. Leave it out."
+            )
+        return mean_state(F.embedding(features["input_ids"], table), features["attention_mask"])
 
     @torch.no_grad()
     def lower(self, features: dict[str, Tensor]) -> Tensor:

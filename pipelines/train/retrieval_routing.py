@@ -17,7 +17,7 @@ from pipelines.train.anchor import ResolvedBase
 from pipelines.train.query_encoder import RetrievalBase, mean_state
 from pipelines.train.routing import INFO_FILE
 
-__all__ = ["query_routing", "query_sums"]
+__all__ = ["query_routing", "query_sums", "token_sums"]
 
 MIN_GROUP = 10
 """No sums are made of fewer queries."""
@@ -48,6 +48,28 @@ def query_sums(
     both = (torch.cat(part).double().numpy() for part in (embeddings, states))
     first, second = (Moments.from_vectors(vectors, second_moment=second_moment) for vectors in both)
     return first, second
+
+
+def token_sums(
+    base: RetrievalBase, texts: Sequence[str], *, batch_size: int = 256, second_moment: bool = True
+) -> Moments:
+    """Sum up the mean token embeddings of queries; no layer of the base runs.
+
+    Args:
+        base: The embedding model.
+        texts: Queries, at least one.
+        batch_size: How many are tokenized at once.
+        second_moment: Whether to sum x xT too.
+
+    Raises:
+        TrainingError: See `RetrievalBase.mean_tokens`.
+    """
+    ordered = sorted(texts, key=len)
+    parts = [
+        base.mean_tokens(base.tokenize(ordered[start : start + batch_size]))
+        for start in range(0, len(ordered), batch_size)
+    ]
+    return Moments.from_vectors(torch.cat(parts).double().numpy(), second_moment=second_moment)
 
 
 def query_routing(

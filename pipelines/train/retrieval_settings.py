@@ -54,6 +54,9 @@ class RetrievalSettings(BaseModel):
     show which directions the queries span."""
     state_statistics: Flag = True
     """Also publish sums over the states entering the first trained layer, so that routing needs no pass of its own."""
+    static_statistics: Flag = False
+    """Also publish sums over the queries' mean token embeddings, so that routing can be done before any layer runs.
+    They say more about which words the queries use than sums over embeddings do."""
     pilot: Flag = True
     """Publish the mean embedding of the training queries."""
     min_group: Count = 10

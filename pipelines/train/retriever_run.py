@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from experts.errors import ManifestError
 from experts.files import write_atomic
 from experts.names import unknown_name
-from experts.retrieval_artifacts import Moments, Pilot, RetrievalArtifacts
+from experts.retrieval_artifacts import RetrievalArtifacts
 from experts.routing_artifacts import RoutingArtifacts, RoutingInfo
 from pipelines.retrieval.metrics import ndcg, rank
 from pipelines.train.anchor import ResolvedBase
@@ -28,6 +28,7 @@ from pipelines.train.job import DomainJob
 from pipelines.train.loop import LoopResult, LoopSettings, alike, plan_batches
 from pipelines.train.pairs import DomainSplit, read_domain, split_domain
 from pipelines.train.query_encoder import QueryStates, RetrievalBase, mean_state
+from pipelines.train.retrieval_sums import check_query_noise, query_artifacts
 from pipelines.train.retriever_loop import PairTable, RankingLoss, train_queries
 from pipelines.train.trainers.base import TrainableLinear, WriteContext
 from pipelines.train.trainers.retriever import RetrieverTrainer
@@ -69,8 +70,10 @@ class RetrieverRun:
         self._states = QueryStates(base.description.hidden_size)
         self._embeddings: list[Tensor] = []
         self._mean_states: list[Tensor] = []
+        self._mean_tokens: list[Tensor] = []
         self._documents = torch.empty(0)
         self._linears: dict[str, TrainableLinear] = {}
+        check_query_noise(job, self.spec)
 
     def _chosen_targets(self) -> dict[str, list[str]]:
         """Each target to the linears of the job's layers that it names."""
@@ -121,12 +124,15 @@ class RetrieverRun:
         kept: dict[int, tuple[Tensor, Tensor]] = {}
         embeddings: dict[int, Tensor] = {}
         means: dict[int, Tensor] = {}
+        tokens: dict[int, Tensor] = {}
         for start in range(0, len(by_length), size):
             rows = by_length[start : start + size]
             features = self.model.tokenize([self.domain.queries[self._order[row]] for row in rows])
             mask, states = features["attention_mask"], self.model.lower(features)
             pooled = self.model.pool(self.model.upper(states, mask), mask)
             mean = mean_state(states, mask)
+            if self.settings.static_statistics:
+                tokens |= dict(zip(rows, self.model.mean_tokens(features), strict=True))
             for position, row in enumerate(rows):
                 kept[row] = (states[position : position + 1], mask[position : position + 1])
                 embeddings[row], means[row] = pooled[position], mean[position]
@@ -135,6 +141,7 @@ class RetrieverRun:
             self._states.extend(*kept.pop(row))
             self._embeddings.append(embeddings[row])
             self._mean_states.append(means[row])
+        self._mean_tokens = [tokens[row] for row in sorted(tokens)]
 
     def base_ndcg(self) -> float | None:
         """nDCG@10 of the base on the held-out queries, against all the domain's documents; None without any."""
@@ -280,26 +287,16 @@ class RetrieverRun:
         return info
 
     def artifacts(self) -> RetrievalArtifacts | None:
-        """Sums over the queries of training and labels, and the training queries' mean; never of held-out ones."""
+        """What is published of the queries of training and labels; see `pipelines.train.retrieval_sums`."""
         own = len(self.split.train) + len(self.split.label)
-        settings, spec = self.settings, self.spec
-        if not self.job.statistics.enabled or own < settings.min_group:
-            return None
-        vectors = torch.stack(self._embeddings[:own]).double().numpy()
-        second = settings.second_moment == "always" or (
-            settings.second_moment == "auto" and own >= 2 * spec.dimension
-        )
-        states = torch.stack(self._mean_states[:own]).double().numpy()
-        pilot = Pilot(
-            expert=self.job.name,
-            queries=len(self.split.train),
-            vector=vectors[: len(self.split.train)].mean(axis=0),
-        )
-        return RetrievalArtifacts.create(
-            embedding=Moments.from_vectors(vectors, second_moment=second),
-            normalization="l2" if spec.normalize else "none",
-            min_group=settings.min_group,
-            state=Moments.from_vectors(states, second_moment=second) if settings.state_statistics else None,
-            state_layer=self.layers[0] if settings.state_statistics else None,
-            pilots=[pilot] if settings.pilot else [],
+        features = {"embedding": self._embeddings}
+        features |= {"state": self._mean_states} if self.settings.state_statistics else {}
+        features |= {"static": self._mean_tokens} if self.settings.static_statistics else {}
+        return query_artifacts(
+            self.job,
+            self.settings,
+            self.spec,
+            {place: torch.stack(rows[:own]).double().numpy() for place, rows in features.items()},
+            training=len(self.split.train),
+            layer=self.layers[0],
         )

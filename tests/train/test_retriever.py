@@ -14,13 +14,14 @@ import pytest
 
 from experts.errors import AdmissionError, DataError, ManifestError, UnknownNameError
 from experts.package import read_package
-from experts.routing_artifacts import RoutingArtifacts
+from experts.routing_artifacts import RoutingArtifacts, RoutingInfo
 from pipelines.train import train_jobs
 from pipelines.train.anchor import ResolvedBase, resolve_base
 from pipelines.train.job import DomainJob
 from pipelines.train.worker import train_job as train_with_all_threads
 
 CANARY = "xqzcanary"
+NOISE = {"epsilon": 1.0, "release": "moments"}
 SMALL = {
     "steps": 6,
     "batch_size": 8,
@@ -28,7 +29,7 @@ SMALL = {
     "layers": [2, 3],
     "learning_rate": 1e-2,
     "warmup": 1,
-    "retrieval": {"second_moment": "always"},
+    "retrieval": {"second_moment": "always", "static_statistics": True},
 }
 
 
@@ -271,6 +272,82 @@ def test_statistics_are_sums_over_training_and_label_queries(trained: Any, pico:
     assert found.info.state.layer == 2
     np.testing.assert_allclose(found.state.sum, states.astype("f8").sum(0), atol=1e-4)
     np.testing.assert_allclose(found.state.scatter, states.T.astype("f8") @ states, atol=1e-3)
+    tokens = pico._token_means(own).astype("f8")
+    np.testing.assert_allclose(found.static.sum, tokens.sum(0), atol=1e-4)
+    np.testing.assert_allclose(found.static.scatter, tokens.T @ tokens, atol=1e-4)
+
+
+def test_r12_nothing_that_is_published_knows_a_test_query(prepared: Any, pico: Any) -> None:
+    """The sides share no query and no document; sums, pilot and labels are the other two's, to the bit."""
+    split, domain = prepared.split, prepared.domain
+    sides = [split.test, split.label, split.train]
+    queries = [{domain.queries[n] for n in side} for side in sides]
+    documents = [{d for answers in side.values() for d in answers} for side in sides]
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        assert not queries[first] & queries[second]
+        assert not documents[first] & documents[second]
+    assert all(sides)
+    made = prepared.artifacts()
+    changed = dict.fromkeys((prepared._row[n] for n in split.test), True)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_embeddings", "_mean_states", "_mean_tokens"):
+            rows = getattr(prepared, name)
+            patch.setattr(
+                prepared, name, [row * np.nan if i in changed else row for i, row in enumerate(rows)]
+            )
+        again = prepared.artifacts()
+    for name, tensor in made.tensors().items():
+        assert np.array_equal(again.tensors()[name], tensor), name
+    assert made.info.queries + len(split.test) == len(domain.queries)
+
+
+def test_noise_is_said_in_the_card(
+    prepared: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pico: Any
+) -> None:
+    noise = {"epsilon": 4.0, "delta": 1e-3, "release": "moments"}
+    fields = prepared.job.model_dump(mode="json") | {"workdir": str(tmp_path), "statistics": {"noise": noise}}
+    monkeypatch.setattr(prepared, "job", DomainJob.from_dict(fields))
+    prepared.job.directory.mkdir(parents=True)
+    made, again = prepared.artifacts(), prepared.artifacts()
+    assert (made.info.noise.unit, made.info.noise.epsilon, made.info.noise.delta) == ("query", 4.0, 1e-3)
+    assert (made.pilots, made.info.pilots) == ((), None)
+    assert made.info.second_moment
+    assert {k: v.tobytes() for k, v in made.tensors().items()} == {
+        k: v.tobytes() for k, v in again.tensors().items()
+    }
+    assert (prepared.job.directory / "noise.key").stat().st_mode & 0o777 == 0o600
+    # what is noisy passes as sums of queries, for whoever admits it
+    RoutingArtifacts(info=RoutingInfo(retrieval=made.info), tensors=made.tensors()).save(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"clip": 1.0}, "statistics.noise.clip: every query of a retriever has length 1; leave it out"),
+        (
+            {"release": "mean"},
+            "retrieval.second_moment is 'always', but statistics.noise.release 'mean' publishes none; write release: "
+            "moments",
+        ),
+    ],
+)
+def test_noise_that_cannot_be(job: Callable[..., DomainJob], changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ManifestError) as caught:
+        job(statistics={"noise": {"epsilon": 1.0, "release": "moments", **changes}})
+    assert problem in str(caught.value)
+
+
+def test_noise_needs_features_of_bounded_length(job: Callable[..., DomainJob], pico: Any) -> None:
+    from pipelines.train.retriever_run import RetrieverRun
+
+    folder = pico.embedder(normalize=False, similarity="dot")
+    made = job(base=str(folder), statistics={"noise": {"epsilon": 1.0, "release": "moments"}})
+    with resolve_base(folder) as base, pytest.raises(ManifestError) as caught:
+        RetrieverRun(made, base=base)
+    assert str(caught.value) == (
+        "statistics.noise needs queries of bounded length, and the base does not divide its embeddings by theirs. "
+        "Leave it out, or publish nothing (statistics: false)."
+    )
 
 
 def test_nothing_of_the_text_leaves(trained: Any) -> None:
@@ -504,10 +581,10 @@ def test_defaults_and_the_papers_values(job: Callable[..., DomainJob], pairs: Pa
 
 def test_fields_of_language_models_are_refused(job: Callable[..., DomainJob], pairs: Path) -> None:
     with pytest.raises(ManifestError) as caught:
-        job(sequence_length=64, held_out=str(pairs), statistics={"noise": {"epsilon": 1.0}})
+        job(sequence_length=64, held_out=str(pairs), statistics={"noise": NOISE | {"clip": 1.0}})
     assert caught.value.problems == (
-        "sequence_length: not for retrievers; leave them out; statistics.noise is not there for retrievers yet; leave "
-        "it out; held_out must be a share for retrievers",
+        "sequence_length: not for retrievers; leave them out; statistics.noise.clip: every query of a retriever has "
+        "length 1; leave it out; held_out must be a share for retrievers",
     )
     with pytest.raises(ManifestError, match="retrieval is for the kind 'retriever' only; leave it out"):
         job(kind="lora", data=str(pairs))
