@@ -5,6 +5,7 @@ Knows how progress and results are shown; what is run is ``pipelines.experiments
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -59,6 +60,16 @@ def run(
         list[str] | None,
         typer.Option("--arm", help="Only these arms; may be given several times.", show_default=False),
     ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            "--jobs",
+            min=1,
+            help="Seeds at once, each in a process of its own, where they are small; by default one more than "
+            "there are cores. 1: one after another.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and stop.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -74,7 +85,7 @@ def run(
     if dry_run:
         _show_cells(experiment, folder, as_json=as_json)
         return
-    rows = _run(experiment, folder)
+    rows = _run(experiment, folder, jobs=jobs or (os.cpu_count() or 1) + 1)
     paths = kind_of(experiment).write(experiment, rows, out=out)
     if as_json:
         print_json({"rows": [asdict(row) for row in rows], "files": [str(path) for path in paths]})
@@ -109,7 +120,7 @@ def _show_cells(experiment: ExperimentSettings, work: Path, *, as_json: bool) ->
     )
 
 
-def _run(experiment: ExperimentSettings, work: Path) -> list[Row]:
+def _run(experiment: ExperimentSettings, work: Path, *, jobs: int) -> list[Row]:
     from pipelines.cli.progress import on_terminal, spinner
     from pipelines.experiments.runner import Cell, run_experiment
 
@@ -125,7 +136,7 @@ def _run(experiment: ExperimentSettings, work: Path) -> list[Row]:
                 typer.echo(current, err=True)
 
         return run_experiment(
-            experiment, work=work, tell=lambda what: doing(f"{current}: {what}"), on_cell=on_cell
+            experiment, work=work, jobs=jobs, tell=lambda what: doing(f"{current}: {what}"), on_cell=on_cell
         )
 
 

@@ -34,6 +34,15 @@ class FlexOlmoComparison(ExperimentKind):
 
         return read_texts(experiment, tell=tell)
 
+    def prepare(self, experiment: Experiment, texts: Texts, *, folder: Path, tell: Tell | None) -> bool:
+        """Train the anchor; a published one is large."""
+        from pipelines.experiments.settings import ScratchAnchor
+
+        if not isinstance(experiment.anchor, ScratchAnchor):
+            return False
+        _ = self.world(experiment, texts, folder=folder, seed=experiment.seeds[0], tell=tell).anchor_folder
+        return True
+
     def world(
         self, experiment: Experiment, texts: Texts, *, folder: Path, seed: int, tell: Tell | None
     ) -> World:

@@ -115,6 +115,14 @@ class ExperimentKind(ABC):
     def texts(self, experiment: Any, *, tell: Tell | None) -> Any:
         """Fetch what all seeds share."""
 
+    def prepare(self, experiment: Any, texts: Any, *, folder: Path, tell: Tell | None) -> bool:
+        """Make what the seeds share, before they run side by side.
+
+        Returns:
+            Whether they may: they write to no folder that they share, and three of them fit a small machine.
+        """
+        return False
+
     @abstractmethod
     def world(self, experiment: Any, texts: Any, *, folder: Path, seed: int, tell: Tell | None) -> Any:
         """Make what the arms of one seed share; its ``seed`` says which."""

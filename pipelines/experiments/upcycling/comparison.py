@@ -50,6 +50,13 @@ class UpcyclingComparison(ExperimentKind):
 
         return read_texts(experiment, tell=tell)
 
+    def prepare(
+        self, experiment: UpcyclingExperiment, texts: Texts, *, folder: Path, tell: Tell | None
+    ) -> bool:
+        """Train the seed model."""
+        _ = self.world(experiment, texts, folder=folder, seed=experiment.seeds[0], tell=tell).anchor_folder
+        return True
+
     def world(
         self, experiment: UpcyclingExperiment, texts: Texts, *, folder: Path, seed: int, tell: Tell | None
     ) -> UpcyclingWorld:
