@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["PICKLES", "conversion"]
+__all__ = ["conversion"]
 
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.pt")
-"""Checkpoints that are never read."""
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.pt")
 
 
 def conversion(folder: Path) -> str | None:
     """Return which pickle a folder holds and the command that converts it; None where there is none."""
-    found = next((name for name in PICKLES if (folder / name).exists()), None)
+    found = next((name for name in _PICKLES if (folder / name).exists()), None)
     if found is None:
         return None
     if not found.startswith("pytorch_model"):

@@ -53,7 +53,10 @@ DECIDES_NOTHING = frozenset(
 _ROPE = frozenset({"rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq"})
 _OFF = frozenset({"attention_bias", "mlp_bias", "sliding_window", "layer_types", "use_sliding_window"})
 """Keys that older versions of transformers leave out where they mean: none."""
+_BIASES = "the base has other biases; fine-tune the base as it is, or make a base of a model that has them"
 _ADVICE = {
+    "attention_bias": _BIASES,
+    "mlp_bias": _BIASES,
     "vocab_size": "the vocabularies must be one: take added tokens away again (resize_token_embeddings), or give the "
     "model the base's tokenizer with mergekit-tokensurgeon",
     "model_type": "another architecture; fine-tune the base itself",

@@ -17,7 +17,7 @@ from experts.files import capped, install_file
 from experts.fingerprint import checkpoint_files, tokenizer_files, tokenizer_fingerprint
 from experts.kinds.checkpoint import INDEX, Checkpoint
 from experts.kinds.kind import DTYPES, ExpertKind, ResolvedConfig
-from experts.pickles import PICKLES
+from experts.pickles import conversion
 from experts.same_architecture import DECIDES_NOTHING, architecture_problems
 
 __all__ = ["DenseKind"]
@@ -65,14 +65,7 @@ class DenseKind(ExpertKind):
 
     def hint(self, folder: Path) -> str | None:
         """Say how to turn a pickled checkpoint into safetensors."""
-        found = next((name for name in PICKLES if (folder / name).exists()), None)
-        if found is None:
-            return None
-        return (
-            f'{found} is a pickle, which is never read; convert it where you trust it: python -c "from transformers '
-            "import AutoModelForCausalLM as M; M.from_pretrained('FOLDER', dtype='auto')"
-            ".save_pretrained('NEW_FOLDER')\""
-        )
+        return conversion(folder)
 
     def resolve(self, config: Mapping[str, object], base: BaseDescription) -> ResolvedConfig:
         """Take every floating tensor of the base, if the settings that decide the function are the base's."""

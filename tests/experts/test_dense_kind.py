@@ -161,7 +161,7 @@ def test_pickled_checkpoint(tuned: Make, packed_as: Any, tmp_path: Path) -> None
     assert text.startswith(
         f"'{raw}' is not an expert folder: pytorch_model.bin is a pickle, which is never read; convert it where you "
         'trust it: python -c "from transformers import AutoModelForCausalLM as M; '
-        "M.from_pretrained('FOLDER', dtype='auto').save_pretrained('NEW_FOLDER')\". Looked for:\n"
+        f"M.from_pretrained('{raw}', dtype='auto').save_pretrained('NEW_FOLDER')\". Looked for:\n"
     )
 
 
