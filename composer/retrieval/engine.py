@@ -6,7 +6,7 @@ experts, takes one, with rows repeated from that layer on. Knows slots, passes a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,14 @@ class _Entries:
         """The rows as an index."""
         return torch.from_numpy(self.rows).to(device)
 
+    def at(self, places: NDArray[np.int64]) -> _Entries:
+        """Some of the entries."""
+        return _Entries(self.rows[places], self.slots[places])
+
+    def inputs(self, inputs: Inputs) -> Inputs:
+        """The batch's inputs, one row for each entry."""
+        return {name: value.index_select(0, self.on(value.device)) for name, value in inputs.items()}
+
 
 class Engine:
     """Encodes queries with a base that holds stacked adapters.
@@ -79,6 +87,7 @@ class Engine:
         state_layer: Layer whose input is routed on; None: the embedding is.
         lowest: Slot (from 1) -> lowest layer that the expert changes.
         share_lower_layers: Whether repeated rows share the layers below.
+        whole: Slot -> calls a whole query encoder, which stands beside the base; other slots hold adapters.
         tokens: The base's token embeddings, where their mean is routed on; None: something else is.
     """
 
@@ -91,6 +100,7 @@ class Engine:
         state_layer: int | None,
         lowest: Sequence[int],
         share_lower_layers: bool,
+        whole: Mapping[int, Callable[[Inputs], Any]] | None = None,
         tokens: nn.Module | None = None,
     ) -> None:
         self.run = run
@@ -99,6 +109,7 @@ class Engine:
         self.state_layer = state_layer
         self.lowest = tuple(lowest)
         self.share_lower_layers = share_lower_layers
+        self.whole = dict(whole or {})
         self.tokens = tokens
 
     def encode(
@@ -157,15 +168,9 @@ class Engine:
         decision = self._decide(features, allowed, trace=trace)
         entries = _Entries.wanted(decision)
         alone = len(entries.rows) == len(mask)
-        experts = sorted({int(slot) for slot in entries.slots} - {0})
-        shared = self.share_lower_layers and bool(experts)
-        running = EncodingPass(
-            slots=Slots.of(entries.slots.tolist(), mask.device),
-            repeat_at=min(self.lowest[slot - 1] for slot in experts) if shared else 0,
-            rows=None if alone else entries.on(mask.device),
+        output = self._answered(
+            inputs, entries, lambda rest: self._repeated(inputs, rest, share=self.share_lower_layers)
         )
-        with encoding_pass(running):
-            output = self.run(inputs)
         if not alone:
             output.last_hidden_state = self._fused(output.last_hidden_state, mask, entries, decision)
         return output, decision
@@ -182,12 +187,9 @@ class Engine:
             return output, self._decide(
                 self.pooler.embed(output.last_hidden_state, mask), allowed, trace=trace
             )
-        lowest = min(self.lowest[slot - 1] for slot in experts) if self.share_lower_layers else 0
-        running = EncodingPass(
-            slots=Slots.of(entries.slots.tolist(), device), repeat_at=lowest, rows=entries.on(device)
+        output = self._answered(
+            inputs, entries, lambda rest: self._repeated(inputs, rest, share=self.share_lower_layers)
         )
-        with encoding_pass(running):
-            output = self.run(inputs)
         states = output.last_hidden_state
         base = states[torch.from_numpy(np.flatnonzero(entries.slots == 0)).to(device)]
         decision = self._decide(self.pooler.embed(base, mask), allowed, trace=trace)
@@ -207,9 +209,7 @@ class Engine:
             return output, decision
         entries = _Entries(wanted.rows[again], wanted.slots[again])
         rows = entries.on(mask.device)
-        second = {name: value.index_select(0, rows) for name, value in inputs.items()}
-        with encoding_pass(EncodingPass(slots=Slots.of(entries.slots.tolist(), mask.device))):
-            adapted = self.run(second).last_hidden_state
+        adapted = self._answered(inputs, entries, lambda rest: self._selected(inputs, rest)).last_hidden_state
         if len(wanted.rows) == len(mask):  # one answer a query: the base's rows are already there
             output.last_hidden_state = states.index_copy(0, rows, adapted)
         else:
@@ -217,6 +217,47 @@ class Engine:
         return output, decision
 
     # ---------------------------------------------------------------- their parts
+
+    def _answered(self, inputs: Inputs, entries: _Entries, run: Callable[[_Entries], Any]) -> Any:
+        """Encode entries: whole encoders take their own rows, ``run`` the base's and the adapters'.
+
+        Returns:
+            The output of one of them, with ``last_hidden_state`` ``(entries, positions, d)`` in the entries' order.
+        """
+        own = [slot for slot in self.whole if slot in entries.slots]
+        if not own:
+            return run(entries)
+        places = [np.flatnonzero(entries.slots == slot) for slot in own]
+        outputs = [
+            self.whole[slot](entries.at(mine).inputs(inputs)) for slot, mine in zip(own, places, strict=True)
+        ]
+        rest = np.flatnonzero(~np.isin(entries.slots, own))
+        if len(rest):
+            places.append(rest)
+            outputs.append(run(entries.at(rest)))
+        states = torch.cat([output.last_hidden_state for output in outputs])
+        order = torch.from_numpy(np.argsort(np.concatenate(places))).to(states.device)
+        outputs[-1].last_hidden_state = states.index_select(0, order)
+        return outputs[-1]
+
+    def _selected(self, inputs: Inputs, entries: _Entries) -> Any:
+        """Run the base with the entries' adapters on the entries' rows."""
+        chosen = entries.inputs(inputs)
+        with encoding_pass(EncodingPass(slots=Slots.of(entries.slots.tolist(), chosen["input_ids"].device))):
+            return self.run(chosen)
+
+    def _repeated(self, inputs: Inputs, entries: _Entries, *, share: bool) -> Any:
+        """Run the base with the entries' adapters, rows repeated within the pass where a query has several entries."""
+        device = inputs["input_ids"].device
+        adapters = sorted({int(slot) for slot in entries.slots} - {0})
+        alone = np.array_equal(entries.rows, np.arange(len(inputs["input_ids"])))
+        running = EncodingPass(
+            slots=Slots.of(entries.slots.tolist(), device),
+            repeat_at=min(self.lowest[slot - 1] for slot in adapters) if share and adapters else 0,
+            rows=None if alone else entries.on(device),
+        )
+        with encoding_pass(running):
+            return self.run(inputs)
 
     def _decide(self, features: torch.Tensor, allowed: NDArray[np.bool_], *, trace: bool) -> Decision:
         values: Array = features.detach().to("cpu", torch.float64).numpy()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from composer.retrieval.published import facts_of, state_layer
 from composer.retrieval.router import Router
 from composer.retrieval.scorers import RETRIEVAL_SCORERS, RETRIEVAL_SELECTORS
 from composer.retrieval.stacked import Factors, StackedLoRA
+from composer.retrieval.whole import is_whole, load_whole
 from experts.base import BaseDescription
 from experts.errors import BuildError
 from experts.kinds.lora import lora_spec, lora_tensor_names
@@ -189,7 +191,7 @@ def _base_encoder(
 
 
 def _install(encoder: RetrieverEncoder, members: Members) -> None:
-    """Stack the adapters and make the router."""
+    """Stack the adapters, put whole query encoders beside the base, and make the router."""
     description = members.description
     options: RetrievalRouter = members.lock.router  # type: ignore[assignment]
     embedding = _embedding(description)
@@ -203,6 +205,9 @@ def _install(encoder: RetrieverEncoder, members: Members) -> None:
         assert isinstance(linear, nn.Linear), f"{name} is no linear"
         replace_ffn(encoder.base, name, StackedLoRA(linear, factors, num_slots=len(members.experts)))
     encoder.install_gates(layers)
+    whole = [member for member in members.experts if is_whole(member)]
+    for member in whole:
+        encoder.whole[str(member.id)] = load_whole(member, encoder.base, description)
     similarity = embedding.similarity if options.similarity == "base" else options.similarity
     router = Router(
         facts_of(members, options),
@@ -218,6 +223,7 @@ def _install(encoder: RetrieverEncoder, members: Members) -> None:
         state_layer=state_layer(members, options),
         lowest=[min(member.locked.layers) for member in members.experts],
         share_lower_layers=options.share_lower_layers,
+        whole={member.id: partial(encoder.run_whole, member.id) for member in whole},
         tokens=encoder.get_input_embeddings() if options.route_on == "static_tokens" else None,
     )
 
@@ -226,6 +232,8 @@ def _factors(members: Members, description: BaseDescription) -> dict[str, dict[i
     """Read every adapter: module name -> slot -> its update."""
     found: dict[str, dict[int, Factors]] = {}
     for member in members.experts:
+        if is_whole(member):
+            continue
         spec = lora_spec(_adapter_config(member), description)
         with member.tensors("adapter_model.safetensors") as tensors:
             for name, module in spec.modules.items():
