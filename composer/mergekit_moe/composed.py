@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from composer.mergekit_moe.manifest import PROMPTED, MoEManifest
+from composer.mergekit_moe.merged import whole_folder
 from composer.mergekit_moe.sources import SourceModel, Sources
 from experts.errors import BuildError, PlanError
 
@@ -65,9 +66,12 @@ def compose_moe(
     # beside the output, so that the build can link its files
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.absolute().parent) as scratch:
         registry = Registry(Path(scratch) / "registry")
-        record = registry.add_base(sources(manifest.base_model).folder, name=_BASE)
+        base = whole_folder(sources(manifest.base_model), Path(scratch) / "base-merged")
+        record = registry.add_base(base, name=_BASE)
         for name, model in zip(names, models, strict=True):
-            registry.register(_packed(model, Path(scratch) / name.replace("/", "-"), name, record))
+            staging = Path(scratch) / name.replace("/", "-")
+            folder = whole_folder(model, staging.with_name(f"{staging.name}-merged"))
+            registry.register(_packed(folder, staging, name, record))
         wish = Manifest.from_dict(_wish(manifest, target.name, names, seed))
         build(plan(wish, registry), target, registry=registry)
     return names
@@ -79,27 +83,22 @@ def _problems(manifest: MoEManifest) -> list[str]:
     if manifest.shared_experts:
         found.append("shared_experts: recipe 'btx' has none; list the model among the experts")
     for number, expert in enumerate(manifest.experts):
-        if expert.source_model.lora is not None:
-            found.append(f"experts.{number}: {expert.source_model}: merge the adapter into its model first")
         if expert.noise_scale is not None or expert.residual_scale is not None:
             found.append(f"experts.{number}: noise_scale and residual_scale would change an owner's model")
-    if manifest.base_model.lora is not None:
-        found.append(f"base_model: {manifest.base_model}: merge the adapter into its model first")
     return found
 
 
 def _names(models: list[SourceModel]) -> tuple[str, ...]:
-    """Name every model after its folder, and tell those of one name apart."""
-    slugs = [
-        re.sub(r"[^a-z0-9_.-]+", "-", model.folder.resolve().name.lower()).strip("-.") for model in models
-    ]
+    """Name every model after its folder, or its adapter's, and tell those of one name apart."""
+    folders = [Path(m.ref.lora.path) if m.ref.lora else m.folder.resolve() for m in models]
+    slugs = [re.sub(r"[^a-z0-9_.-]+", "-", folder.name.lower()).strip("-.") for folder in folders]
     return tuple(
         f"{(slug or 'model')[:48]}{f'-{number}' if slugs.count(slug) > 1 else ''}/model"
         for number, slug in enumerate(slugs)
     )
 
 
-def _packed(model: SourceModel, staging: Path, name: str, base: BaseRecord) -> Path:
+def _packed(folder: Path, staging: Path, name: str, base: BaseRecord) -> Path:
     from experts.card import BaseRef, TrainingInfo
     from experts.package import pack
 
@@ -107,7 +106,7 @@ def _packed(model: SourceModel, staging: Path, name: str, base: BaseRecord) -> P
         name=base.name, fingerprint=base.fingerprint, tokenizer_fingerprint=base.tokenizer_fingerprint
     )
     pack(
-        model.folder,
+        folder,
         staging,
         name=name,
         version=1,

@@ -62,21 +62,48 @@ def test_prompts_decide_and_a_model_can_leave(config_of: Any, tmp_path: Path) ->
     assert not torch.equal(_logits(left), _logits(load(tmp_path / "out")))
 
 
-def test_refusals(config_of: Any, make_model: Any, adapter: Any, tmp_path: Path) -> None:
+def test_adapters_are_added_first(make_model: Any, adapter: Any, tmp_path: Path) -> None:
+    """Against PEFT's own merged models, of the expert and of the base."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from composer import load
+
+    base, other = make_model(), str(make_model(seed=1))
+    adapters = [adapter(seed=seed) for seed in (1, 2)]
+    merged = [tmp_path / "merged" / path.name for path in adapters]  # router rows are drawn by name
+    for path, folder in zip(adapters, merged, strict=True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), path)
+            model.merge_and_unload().save_pretrained(folder)
+        for file in base.glob("*token*"):
+            (folder / file.name).write_bytes(file.read_bytes())
+
+    def composed(first: object, second: object, name: str) -> tuple[Any, Any]:
+        experts = [{"source_model": str(second)}, {"source_model": other}]
+        config = {"base_model": str(first), "gate_mode": "random", "experts": experts}
+        return compose_moe(parse(config), tmp_path / name), _logits(load(tmp_path / name))
+
+    names, ours = composed(f"{base}+{adapters[0]}", f"{base}+{adapters[1]}", "ours")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "ours"]
+    assert names == (f"{adapters[1].name}/model", f"{Path(other).name.lower()}/model")
+    torch.testing.assert_close(ours, composed(*merged, "theirs")[1], rtol=0, atol=1e-5)
+
+
+def test_refusals(config_of: Any, make_model: Any, tmp_path: Path) -> None:
     config = config_of(gate_mode="random")
     (tmp_path / "out").mkdir()
     with pytest.raises(BuildError, match=r"exists\. Choose another name"):
         compose_moe(parse(config), tmp_path / "out")
     config["shared_experts"] = [{"source_model": config["base_model"]}]
     config["experts"][0] |= {"noise_scale": 0.1}
-    path = f"{make_model()}+{adapter(seed=1)}"
-    config["experts"][1]["source_model"] = path
     with pytest.raises(PlanError) as caught:
         compose_moe(parse(config), tmp_path / "new")
     assert list(caught.value.problems) == [
         "shared_experts: recipe 'btx' has none; list the model among the experts",
         "experts.0: noise_scale and residual_scale would change an owner's model",
-        f"experts.1: {path}: merge the adapter into its model first",
     ]
     config = config_of(gate_mode="random")
     config["experts"][1]["source_model"] = str(make_model(intermediate_size=80))
