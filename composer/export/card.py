@@ -11,6 +11,7 @@ from pathlib import Path
 
 import yaml
 
+from composer.export.seats import Seat
 from composer.export.target import StockTarget
 from composer.members import Members
 
@@ -32,14 +33,22 @@ def write_owners(path: Path, members: Members) -> None:
     path.write_text(yaml.safe_dump(data, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def write_card(path: Path, members: Members, stock: StockTarget, *, changes: Sequence[str]) -> None:
-    """Write ``README.md``; ``changes`` says in what the checkpoint differs from the composition."""
+def write_card(
+    path: Path, members: Members, seats: Sequence[Seat], stock: StockTarget, *, changes: Sequence[str]
+) -> None:
+    """Write ``README.md``; ``changes`` says what is mixed in it, and how it differs from the composition."""
     lock = members.lock
     rows = "\n".join(
-        f"| {m.id} | {m.locked.name} | {m.locked.version} | {m.locked.owner} | {m.locked.domain} "
+        f"| {index} | {seat.name} | {m.locked.version} | {m.locked.owner} | {m.locked.domain} "
         f"| {m.locked.license} | `{m.locked.digest[:12]}` |"
-        for m in members.experts
+        for index, seat in enumerate(seats)
+        if (m := seat.member) is not None
     )
+    base = f"public base '{lock.base.name}' (fingerprint\n`{lock.base.fingerprint}`)"
+    if seats[0].member is None:
+        who = f"In every layer that has experts, expert 0 is the {base}; the others are:"
+    else:
+        who = f"It was made beside the {base}. The experts of every layer are:"
     licenses = ", ".join(sorted({member.locked.license for member in members.experts}))
     changed = "".join(f"\n- {text}" for text in changes) + ("\n" if changes else "")
     path.write_text(
@@ -51,8 +60,7 @@ tags: [coterie, mixture-of-experts]
 # {lock.name} as {stock.title}
 
 `{stock.architecture}` made of the composition '{lock.name}', with its logits up to rounding unless a line below says
-otherwise. In every layer that has experts, expert 0 is the public base '{lock.base.name}' (fingerprint
-`{lock.base.fingerprint}`); the others are:
+otherwise. {who}
 
 | index | expert | version | owner | domain | licence | card |
 |---|---|---|---|---|---|---|

@@ -1,6 +1,6 @@
 """Whether a composition is exactly a stock class's model, and every reason why it is not.
 
-Knows the lock, the cards and the published rows; opens no weights.
+Knows the lock, the cards, published rows and tuned biases; opens no weights.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from composer.export import TARGETS
+from composer.export.seats import SEATED, Seat
 from composer.export.target import ANCHOR
+from composer.export.tensors import floats
+from composer.export.tuned import TunedTensors
 from composer.manifest import RouterSpec
 
 if TYPE_CHECKING:
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
     from composer.members import Member, Members
     from experts.base import BaseDescription
 
-__all__ = ["Rows", "Verdict", "judge", "read_rows"]
+__all__ = ["LINEAR", "Rows", "Verdict", "judge", "read_rows"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +88,8 @@ def judge(
     members: Members,
     rows: Mapping[int, Rows],
     *,
+    seats: Sequence[Seat],
+    tuned: TunedTensors,
     densify: bool,
     drop_bias: bool = False,
 ) -> Verdict:
@@ -95,16 +100,15 @@ def judge(
         target: The stock class.
         members: The experts that are exported.
         rows: What `read_rows` returned.
+        seats: Who stands at which index.
+        tuned: What was tuned after composing.
         densify: Whether low-rank experts may be written in full, and absent ones as copies of the anchor.
         drop_bias: Whether the owners' biases may be left out, which changes the logits.
     """
     lock = members.lock
-    problems = _base_problems(name, target, members) + _router_problems(
-        target, lock.router, len(members.experts)
-    )
-    if lock.recipe != "flexolmo":
-        problems.append(f"recipe '{lock.recipe}': only compositions of the recipe flexolmo have a stock form")
-    biases = _bias_findings(members, rows)
+    problems = _base_problems(name, target, members) + _router_problems(target, lock.router, len(seats))
+    problems += _recipe_problems(lock.recipe)
+    biases = _bias_findings(members, rows) if lock.tuned is None else _tuned_biases(members, tuned)
     if not drop_bias:
         problems += [
             f"{text}, and stock gates have none and would ignore it; --calibrate drops it and measures what that costs"
@@ -149,9 +153,26 @@ def _fits(target: StockTarget, base: BaseDescription) -> bool:
     return base.config.get("model_type") in target.families and not target.setting_problems(base.config)
 
 
-def _router_problems(target: StockTarget, router: RouterSpec, num_experts: int) -> list[str]:
+def _recipe_problems(recipe: str) -> list[str]:
+    if recipe in SEATED:
+        return []
+    if recipe == "bam":
+        return ["recipe 'bam': it has attention experts, and no stock class does; compose with recipe `btx`"]
+    if recipe in ("merge", "soup"):
+        return [
+            f"recipe '{recipe}': its result is one dense model of the base's own class, no mixture; "
+            "`composer.load(FOLDER).base.save_pretrained(OUT)` writes it"
+        ]
+    return [f"recipe '{recipe}': only compositions of the recipes {', '.join(SEATED)} have a stock form"]
+
+
+LINEAR = ("learned", "random", "prompts")
+"""Scorers that multiply with a row per expert and layer, and do nothing else."""
+
+
+def _router_problems(target: StockTarget, router: RouterSpec, seats: int) -> list[str]:
     found = []
-    if router.scorer != "learned":
+    if router.scorer not in LINEAR:
         found.append(
             f"the scorer '{router.scorer}' has no stock form, stock gates multiply with one row per expert and layer; "
             "compose with `scorer: learned`"
@@ -166,7 +187,7 @@ def _router_problems(target: StockTarget, router: RouterSpec, num_experts: int) 
             f"the selector '{router.selector}' has no stock form, stock gates take a fixed number of experts; compose "
             "with `selector: topk`"
         )
-    if target.always_normalizes and not router.normalize and router.top_k <= num_experts:
+    if target.always_normalizes and not router.normalize and router.top_k < seats:
         found.append(
             f"{target.title} lets the chosen weights sum to 1 and the composition does not; compose with "
             "`normalize: true`"
@@ -188,11 +209,25 @@ def _bias_findings(members: Members, rows: Mapping[int, Rows]) -> list[str]:
     return found
 
 
+def _tuned_biases(members: Members, tuned: TunedTensors) -> list[str]:
+    """Say which layers have tuned biases below 0, the anchor's apart, which counts as 0."""
+    used = {}
+    for layer in range(members.description.num_layers):
+        stored = tuned.biases(layer)
+        if stored is not None and (lowest := float(floats(stored)[1:].min())) < 0:
+            used[layer] = lowest
+    if not used:
+        return []
+    return [
+        f"the tuned routers of layers {_ranges(used)} have negative biases (down to {min(used.values()):g})"
+    ]
+
+
 def _rank_findings(members: Members) -> list[str]:
     return [
         f"{member.locked.name} is low-rank (at most {member.card.rank})"
         for member in members.experts
-        if member.card.kind != "ffn"
+        if member.card.kind == "lora"
     ]
 
 

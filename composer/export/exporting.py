@@ -17,13 +17,18 @@ from composer.export import TARGETS
 from composer.export.card import write_card, write_owners
 from composer.export.exactness import judge, read_rows
 from composer.export.layout import Layout
+from composer.export.rows import RouterRows
+from composer.export.seats import Seat, merged_trunk, seat_all
 from composer.export.shards import SHARD_BYTES, Progress, write_shards
+from composer.export.target import ANCHOR
 from composer.export.tensors import FLOATS, Entry
+from composer.export.tuned import TunedTensors
 from composer.loading import left_out
 from composer.lock import Lock
 from composer.members import BASE_FOLDER, Members
 from composer.recipes import require_language_model
 from experts.errors import BuildError, OptOutError
+from experts.files import capped
 
 if TYPE_CHECKING:
     from composer.export.target import StockTarget
@@ -42,6 +47,7 @@ class ExportPlan:
         target: Name in `TARGETS`.
         stock: The stock class.
         members: The composition without the owners that are left out.
+        seats: Who stands at which index.
         entries: Every tensor, in the order in which it is written.
         settings: What the stock class has and the base has not.
         dtype: Of every floating tensor, as torch spells it.
@@ -53,6 +59,7 @@ class ExportPlan:
     target: str
     stock: StockTarget
     members: Members
+    seats: tuple[Seat, ...]
     entries: tuple[Entry, ...]
     settings: dict[str, Any]
     dtype: str
@@ -65,6 +72,25 @@ class ExportPlan:
         """Tensor bytes of the checkpoint."""
         return sum(entry.spec.nbytes for entry in self.entries)
 
+    @property
+    def mixed(self) -> tuple[str, ...]:
+        """What of the checkpoint was computed from several owners together, in words."""
+        lock, found = self.members.lock, []
+        trunk = merged_trunk(lock)
+        if trunk is not None:
+            base = f"{lock.base.name} and " if lock.upcycle and lock.upcycle.seed_expert else ""
+            found.append(
+                f"the trunk is merged ({trunk.method}) from {base}{', '.join(e.name for e in lock.experts)}"
+            )
+        elif lock.upcycle is not None and lock.upcycle.copies:
+            found.append(f"the trunk is that of {lock.experts[0].name}")
+        if lock.tuned is not None:
+            found.append(
+                f"tuned after composing ({lock.tuned.trained}): those tensors hold all of "
+                f"{', '.join(lock.tuned.owners)}"
+            )
+        return tuple(found)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for printing and ``--json``."""
         lock = self.members.lock
@@ -74,9 +100,11 @@ class ExportPlan:
             "composition": lock.name,
             "base": lock.base.name,
             "experts": [
-                {"index": member.id, "name": member.locked.name, "owner": member.locked.owner}
-                for member in self.members.experts
+                {"index": index, "name": seat.name, "owner": seat.member.locked.owner}
+                for index, seat in enumerate(self.seats)
+                if seat.member is not None
             ],
+            "mixed": list(self.mixed),
             "left_out": list(self.left_out),
             "settings": self.settings,
             "dtype": self.dtype,
@@ -118,33 +146,34 @@ def plan_export(
     lock = Lock.read(path)
     require_language_model(path, lock.recipe)
     without = left_out(lock, opt_out, registry)
-    if lock.tuned is not None and not without:
-        raise BuildError(
-            f"{path} was tuned after composing, and tuned weights cannot be exported yet. Export the folder that was "
-            "tuned, or save the model's state dict yourself."
-        )
     members = Members.open(path, lock, without=without)
     if not members.experts:
         raise BuildError(
             f"Nobody is left in {path} to export. Use the base '{lock.base.name}' itself, in {path / BASE_FOLDER}."
         )
     _check_lineage(members)
-    rows = read_rows(members)
-    verdict = judge(to, stock, members, rows, densify=densify, drop_bias=drop_bias)
+    rows, tuned = read_rows(members), TunedTensors(members)
+    seats = seat_all(members)
+    verdict = judge(to, stock, members, rows, seats=seats, tuned=tuned, densify=densify, drop_bias=drop_bias)
+    failure = f"{path} is not exactly {_article(stock.title)} {stock.title} model:"
     if verdict.problems:
-        raise BuildError(
-            f"{path} is not exactly {_article(stock.title)} {stock.title} model:", problems=verdict.problems
-        )
+        raise BuildError(failure, problems=verdict.problems)
     dtype = _dtype(members)
-    num_experts = len(members.experts) + 1
+    router_rows = RouterRows(members, rows, tuned, dtype=dtype, left_out=without)
+    layout = Layout(stock, members, seats, router_rows, tuned, dtype=dtype, dense=verdict.dense)
+    entries = tuple(layout.entries())
+    if lost := tuned.unclaimed():
+        shown = [f"{name} was tuned, and {stock.title} has no place for it" for name in lost]
+        raise BuildError(failure, problems=capped(shown))
     return ExportPlan(
         target=to,
         stock=stock,
         members=members,
-        entries=tuple(Layout(stock, members, rows, dtype=dtype, dense=verdict.dense).entries()),
+        seats=seats,
+        entries=entries,
         settings=stock.settings(
-            num_experts=num_experts,
-            top_k=min(lock.router.top_k, num_experts),
+            num_experts=len(seats),
+            top_k=min(lock.router.top_k, len(seats)),
             normalize=lock.router.normalize,
             intermediate_size=members.description.intermediate_size,
             dense=verdict.dense,
@@ -189,7 +218,7 @@ def export(
     progress: Progress | None = None,
     notes: Sequence[str] = (),
 ) -> Path:
-    """Write the checkpoint: tensors one by one, configuration, tokenizer, who is who in ``owners.yaml``.
+    """Write the checkpoint: tensors one by one, configuration, tokenizer, and who is who.
 
     Args:
         plan: What to write.
@@ -208,13 +237,17 @@ def export(
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 link_file(source / name, staging / name)
-        write_owners(staging / "owners.yaml", plan.members)
-        write_card(staging / "README.md", plan.members, plan.stock, changes=(*_changes(plan), *notes))
+        if plan.seats[0].id == ANCHOR and not plan.mixed:  # else index 0 and the trunk are no public base
+            write_owners(staging / "owners.yaml", plan.members)
+        write_card(
+            staging / "README.md", plan.members, plan.seats, plan.stock, changes=(*_changes(plan), *notes)
+        )
     return Path(out)
 
 
 def _changes(plan: ExportPlan) -> list[str]:
     return [
+        *plan.mixed,
         *(f"{text}: written in full" for text in plan.densified),
         *(f"{text}: dropped, so the logits are not the composition's" for text in plan.dropped),
     ]

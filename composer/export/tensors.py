@@ -23,11 +23,13 @@ __all__ = [
     "Part",
     "Slice",
     "Source",
+    "computed",
     "convert",
     "float_bytes",
     "floats",
     "low_rank",
     "read_tensor",
+    "rounded",
 ]
 
 FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -109,6 +111,12 @@ def convert(name: str, found: Slice, dtype: str) -> Entry:
     return Entry(name=name, spec=spec, source=lambda: _bytes(read_tensor(found), dtype))
 
 
+def computed(name: str, shape: tuple[int, ...], value: Callable[[], torch.Tensor], dtype: str) -> Entry:
+    """Return the entry that writes a tensor of ``shape`` that is computed when its turn comes, rounded to ``dtype``."""
+    spec = TensorSpec(dtype=dtype, shape=shape)
+    return Entry(name=name, spec=spec, source=lambda: _bytes(value(), dtype))
+
+
 def low_rank(name: str, weight: Slice, *, a: Slice, b: Slice, scaling: float, dtype: str) -> Entry:
     """Return the entry that writes ``W + s B A``, summed in float32 and rounded once.
 
@@ -134,6 +142,13 @@ def read_tensor(found: Slice) -> torch.Tensor:
 
     dtype = getattr(torch, FLOATS[found.dtype])
     return torch.frombuffer(found.read(), dtype=dtype).view(found.shape)
+
+
+def rounded(found: Slice, dtype: str) -> torch.Tensor:
+    """Read one tensor as a model of another dtype (in safetensors' spelling) holds it."""
+    import torch
+
+    return read_tensor(found).to(getattr(torch, FLOATS[dtype]))
 
 
 def _rounded(tensor: torch.Tensor, dtype: str) -> torch.Tensor:

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from composer.model import ComposedForCausalLM
     from composer.routing.router import Router
 
-__all__ = ["ANCHOR_NAME", "RouterMaker", "router_problems"]
+__all__ = ["ANCHOR_NAME", "NOTHING", "RouterMaker", "router_problems"]
 
 ANCHOR = 0  # composer.routing.types.ANCHOR, which would load torch
 ANCHOR_NAME = "anchor"  # composer.trace.ANCHOR_NAME
-_NOTHING = RoutingArtifacts(info=RoutingInfo(), tensors={})
+NOTHING = RoutingArtifacts(info=RoutingInfo(), tensors={})
+"""The artefacts of somebody who publishes none."""
 
 
 def router_problems(
@@ -94,8 +95,8 @@ class RouterMaker:
         self.others = tuple(expert for expert in self.names if expert != ANCHOR)
         self.scorer_class: Any = SCORERS.load(spec.scorer)
         self.options = self.scorer_class.Options(**spec.options)
-        self.public = _NOTHING
-        self.artifacts = dict.fromkeys(self.others, _NOTHING)
+        self.public = NOTHING
+        self.artifacts = dict.fromkeys(self.others, NOTHING)
         if self.scorer_class.needs_artifacts:
             width = members.description.hidden_size
             self.public = members.public()

@@ -20,7 +20,7 @@ from experts.files import capped
 if TYPE_CHECKING:
     from composer.layers.install import ExpertSource
 
-__all__ = ["adopt", "merge_trunk", "places"]
+__all__ = ["adopt", "merge_one", "merge_trunk", "places", "reduced"]
 
 _HEADS = ("lm_head.weight", "embed_out.weight")
 
@@ -45,25 +45,56 @@ def merge_trunk(
     Raises:
         BuildError: The method does not merge what is left where somebody is left out, or a tensor has no place.
     """
-    others = [source.member.locked.name for source in sources]
+    spec = reduced(spec, [source.member.locked.name for source in sources], with_base=with_base)
+    for name, target in places(model, names).items():
+        # one tensor of every model is in memory at a time
+        merged = merge_one(name, sources, spec, base=target.detach().cpu() if with_base else None)
+        with torch.no_grad():
+            target.copy_(merged)
+
+
+def reduced(spec: TrunkSpec, others: Sequence[str], *, with_base: bool) -> TrunkSpec:
+    """Return how the trunk of those who are left is merged.
+
+    Args:
+        spec: As the composition says it of everybody.
+        others: Names of the models, in canonical order.
+        with_base: Whether the base is one of the merged models.
+
+    Raises:
+        BuildError: The method does not merge them.
+    """
     spec = spec.without(set(spec.weights) - {*others, BASE})
     problems = merge_problems(
-        spec.method, others, base=with_base, weights=spec.weights, parameters=spec.parameters
+        spec.method, list(others), base=with_base, weights=spec.weights, parameters=spec.parameters
     )
     if problems:  # the plan had more models, or others
         raise BuildError(f"The trunk of {', '.join(others)} cannot be merged:", problems=problems)
-    for name, target in places(model, names).items():
-        # one tensor of every model is in memory at a time
-        merged = merge_tensors(
-            {source.member.locked.name: source.read(name) for source in sources},
-            method=spec.method,
-            base=target.detach().cpu() if with_base else None,
-            weights=spec.weights,
-            parameters=spec.parameters,
-            name=name,
-        )
-        with torch.no_grad():
-            target.copy_(merged)
+    return spec
+
+
+def merge_one(
+    name: str, sources: Sequence[ExpertSource], spec: TrunkSpec, *, base: torch.Tensor | None
+) -> torch.Tensor:
+    """Merge one tensor of the trunk, read from the models' files.
+
+    Args:
+        name: Of the tensor, in a checkpoint.
+        sources: The models, in canonical order.
+        spec: What `reduced` returned.
+        base: The base's tensor as the model is loaded with it; None: the base takes no part.
+
+    Returns:
+        float32, on the CPU.
+    """
+    return merge_tensors(
+        {source.member.locked.name: source.read(name) for source in sources},
+        method=spec.method,
+        base=base,
+        weights=spec.weights,
+        parameters=spec.parameters,
+        name=name,
+    )
 
 
 def adopt(model: nn.Module, names: Sequence[str], source: ExpertSource) -> None:

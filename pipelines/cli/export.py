@@ -182,10 +182,12 @@ def _print_export(summary: dict[str, Any]) -> None:
         {
             "class": summary["architecture"],
             "settings": summary["settings"],
-            "base": f"{summary['base']} (expert 0)",
+            "base": summary["base"]
+            + ("" if any(row["index"] == 0 for row in summary["experts"]) else " (expert 0)"),
             "size": f"{human_bytes(summary['bytes'])} in {summary['tensors']} tensors of {summary['dtype']}",
             "written in full": summary["densified"],
             "dropped": summary["dropped"],
+            "mixed": summary["mixed"],
             "left out": summary["left_out"],
         }
     )
