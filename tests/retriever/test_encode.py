@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from composer.retrieval.request import EncodingPass, Slots, encoding_pass
+from pipelines.experiments.retrieval.costs import routed_passes
 
 WAYS: dict[str, dict[str, Any]] = {
     "two passes": {"selector": "top1"},
@@ -137,6 +138,8 @@ def test_r15_rows_that_each_layer_sees(
     with counting(model) as rows:
         model.encode_query(texts)
     assert [count / len(texts) for count in rows] == expected
+    # what the comparison of retrievers says that it costs
+    assert routed_passes(WAYS[name], experts=3, first=2, layers=4) == sum(expected) / 4
     with counting(model) as rows:
         model.encode_query(texts, opt_out=set(retrievers.owners))
     assert [count / len(texts) for count in rows] == [1, 1, 1, 1]

@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experts.plugins import PluginTable
+from pipelines.experiments.retrieval.static import static_experts
 from pipelines.experiments.retrieval.world import Queries, RetrieverWorld, Weights
 
-__all__ = ["ARMS", "ArmFunction", "Measured", "Scores"]
+__all__ = ["ARMS", "OURS", "ArmFunction", "Measured", "Scores"]
 
 Scores = Mapping[str, Mapping[str, Mapping[str, float]]]
 """Collection -> metric -> query -> value."""
@@ -55,6 +56,8 @@ _NAMES = {
     "coterie_top1": "coterie_top1",
     "coterie_one_pass": "coterie_one_pass",
     "coterie_one_pass_soft": "coterie_one_pass_soft",
+    "coterie_static_tokens": "coterie_static_tokens",
+    "coterie_static_tokens_soft": "coterie_static_tokens_soft",
     "without": "without_the_own_expert",
     "dataset_oracle": "dataset_oracle",
     "instance_oracle": "instance_oracle",
@@ -219,8 +222,23 @@ def paper(world: RetrieverWorld) -> Results:
 # ---------------------------------------------------------------- ours
 
 
-def _ours(world: RetrieverWorld, arm: str, **changes: Any) -> Results:
-    queries, weights = world.composed_queries(arm, {**world.experiment.router, **changes})
+OURS: Mapping[str, Mapping[str, str]] = {
+    "coterie": {},
+    "coterie_top1": {"selector": "top1"},
+    "coterie_one_pass": {"selector": "top1", "route_on": "layer_state"},
+    "coterie_one_pass_soft": {"route_on": "layer_state"},
+    "coterie_static_tokens": {"selector": "top1", "route_on": "static_tokens"},
+    "coterie_static_tokens_soft": {"route_on": "static_tokens"},
+}
+"""Our arms, by where their router differs from the experiment's."""
+
+
+def _ours(world: RetrieverWorld, arm: str) -> Results:
+    router = {**world.experiment.router, **OURS[arm]}
+    static = router.get("route_on") == "static_tokens"
+    queries, weights = world.composed_queries(
+        arm, router, experts=static_experts(world) if static else world.experts
+    )
     return {arm: _measured(world, queries, weights)}
 
 
@@ -231,17 +249,27 @@ def coterie(world: RetrieverWorld) -> Results:
 
 def coterie_top1(world: RetrieverWorld) -> Results:
     """The same with the best expert alone: two passes a query."""
-    return _ours(world, "coterie_top1", selector="top1")
+    return _ours(world, "coterie_top1")
 
 
 def coterie_one_pass(world: RetrieverWorld) -> Results:
     """The best expert alone, decided by the states that enter the first layer with adapters: one pass a query."""
-    return _ours(world, "coterie_one_pass", selector="top1", route_on="layer_state")
+    return _ours(world, "coterie_one_pass")
 
 
 def coterie_one_pass_soft(world: RetrieverWorld) -> Results:
     """All experts fused, decided by those states: the lower layers run once, the upper ones once for each expert."""
-    return _ours(world, "coterie_one_pass_soft", route_on="layer_state")
+    return _ours(world, "coterie_one_pass_soft")
+
+
+def coterie_static_tokens(world: RetrieverWorld) -> Results:
+    """The best expert alone, decided by the mean of the query's token embeddings before any layer runs: one pass."""
+    return _ours(world, "coterie_static_tokens")
+
+
+def coterie_static_tokens_soft(world: RetrieverWorld) -> Results:
+    """All experts fused, decided by the token embeddings: one pass up to the first adapted layer, then E."""
+    return _ours(world, "coterie_static_tokens_soft")
 
 
 def without_the_own_expert(world: RetrieverWorld) -> Results:

@@ -66,9 +66,15 @@ class RetrieverComparison(ExperimentKind):
 
     def write(self, experiment: RetrieverExperiment, rows: Sequence[Row], *, out: Path) -> list[Path]:
         """Write table, picture and JSON."""
-        from pipelines.experiments.retrieval.report import write_results
+        import json
 
-        return write_results(experiment, rows, out=out)
+        from pipelines.experiments.retrieval.costs import query_passes
+        from pipelines.experiments.retrieval.report import write_results
+        from pipelines.experiments.retrieval.world import base_folder
+
+        config = json.loads((base_folder(experiment) / "config.json").read_text(encoding="utf-8"))
+        passes = query_passes(experiment, num_layers=config["num_hidden_layers"])
+        return write_results(experiment, rows, out=out, passes=passes)
 
 
 def _row(world: RetrieverWorld, arm: str, domain: str, metric: str, value: float) -> Row:

@@ -20,13 +20,20 @@ __all__ = ["figures", "write_results"]
 _MATRIX_ARM = "coterie"
 
 
-def write_results(experiment: RetrieverExperiment, rows: Sequence[Row], *, out: Path) -> list[Path]:
+def write_results(
+    experiment: RetrieverExperiment,
+    rows: Sequence[Row],
+    *,
+    out: Path,
+    passes: Mapping[str, float] | None = None,
+) -> list[Path]:
     """Write ``NAME.json``, ``NAME.md`` and ``NAME.png`` into a folder; return their paths.
 
     Args:
         experiment: What was run.
         rows: What was measured.
         out: The folder; made if it is not there.
+        passes: What a query costs by arm, in passes through the base; see `pipelines.experiments.retrieval.costs`.
     """
     from pipelines.charts import draw_routing
 
@@ -35,7 +42,7 @@ def write_results(experiment: RetrieverExperiment, rows: Sequence[Row], *, out: 
     settings = experiment.to_dict() | {"collections": None}  # a path of the machine it ran on
     data = {"rows": [asdict(row) for row in rows], "settings": settings}
     write_atomic(paths[0], (json.dumps(data, indent=1) + "\n").encode())
-    write_atomic(paths[1], ("\n".join(_markdown(experiment, rows)) + "\n").encode())
+    write_atomic(paths[1], ("\n".join(_markdown(experiment, rows, passes or {})) + "\n").encode())
     matrix = _routing(rows)
     if not matrix:
         return paths[:2]
@@ -64,11 +71,9 @@ def figures(rows: Sequence[Row], *, owned: Sequence[str]) -> dict[str, list[floa
     for row in rows:
         if row.metric == "ndcg@10":
             values.setdefault((row.arm, row.seed), {})[row.domain] = 100 * row.value
-    means: dict[str, dict[int, float]] = {}
+    means = _owned_means(rows, owned=owned)
     others: dict[str, dict[int, float]] = {}
     for (arm, seed), domains in values.items():
-        if all(name in domains for name in owned):
-            means.setdefault(arm, {})[seed] = fmean(domains[name] for name in owned)
         rest = [value for name, value in domains.items() if name not in owned]
         if rest:
             others.setdefault(arm, {})[seed] = fmean(rest)
@@ -81,6 +86,7 @@ def figures(rows: Sequence[Row], *, owned: Sequence[str]) -> dict[str, list[floa
             "multi_task_pooled",
             "paper",
             "coterie_one_pass",
+            "coterie_static_tokens",
         )
     }
     found["coterie - base, unseen"] = _differences(others, "coterie", "base")
@@ -98,7 +104,7 @@ def _differences(values: Mapping[str, Mapping[int, float]], ours: str, theirs: s
     return [left[seed] - right[seed] for seed in sorted(set(left) & set(right))]
 
 
-def _markdown(experiment: RetrieverExperiment, rows: Sequence[Row]) -> list[str]:
+def _markdown(experiment: RetrieverExperiment, rows: Sequence[Row], passes: Mapping[str, float]) -> list[str]:
     seeds = ", ".join(map(str, sorted({row.seed for row in rows})))
     lines = [
         f"# {experiment.name}",
@@ -126,7 +132,44 @@ def _markdown(experiment: RetrieverExperiment, rows: Sequence[Row]) -> list[str]
             "",
             *_plain_table(routing),
         ]
+    lines += _costs(experiment, rows, passes)
     return [*lines, "", "## Arms", "", *_legend(), "", "## What differs from the paper", "", *_DIFFERENCES]
+
+
+def _costs(experiment: RetrieverExperiment, rows: Sequence[Row], passes: Mapping[str, float]) -> list[str]:
+    """What a query costs beside what it gives; arms whose rows are not there are left out."""
+    means = _owned_means(rows, owned=experiment.domains)
+    lines = [
+        "",
+        "A query's cost, in passes through the base (the layers that its rows go through, over the base's), and what "
+        f"that buys. Fusing {len(experiment.domains)} experts by the base's own embedding takes 1 + E passes; from the "
+        "first adapted layer on, where what lies below is shared; E where the choice is made before:",
+        "",
+        "| arm | passes | mean | points to `coterie` |",
+        "|---|---|---|---|",
+    ]
+    ours = means.get(_MATRIX_ARM, {})
+    for arm, cost in passes.items():
+        found = means.get(arm)
+        if not found:
+            continue
+        gaps = [found[seed] - ours[seed] for seed in sorted(set(found) & set(ours))]
+        gap = f"{fmean(gaps):+.2f}" if gaps and arm != _MATRIX_ARM else "-"
+        lines.append(f"| {arm} | {cost:.2f} | {fmean(found.values()) / 100:.3f} | {gap} |")
+    return lines if len(lines) > 6 else []
+
+
+def _owned_means(rows: Sequence[Row], *, owned: Sequence[str]) -> dict[str, dict[int, float]]:
+    """Mean nDCG@10 over the owners' domains, in points: arm -> seed -> value, where all of them were measured."""
+    values: dict[tuple[str, int], dict[str, float]] = {}
+    for row in rows:
+        if row.metric == "ndcg@10" and row.domain in owned:
+            values.setdefault((row.arm, row.seed), {})[row.domain] = 100 * row.value
+    means: dict[str, dict[int, float]] = {}
+    for (arm, seed), domains in values.items():
+        if len(domains) == len(owned):
+            means.setdefault(arm, {})[seed] = fmean(domains.values())
+    return means
 
 
 _DIFFERENCES = (

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pipelines.train import DomainJob
     from registry import Registry
 
-__all__ = ["BASE", "Queries", "RetrieverWorld", "Weights"]
+__all__ = ["BASE", "Queries", "RetrieverWorld", "Weights", "base_folder"]
 
 BASE = "base"
 _DEPTH = 100
@@ -39,6 +39,15 @@ Weights = NDArray[np.float64]
 
 Queries = Mapping[str, Vectors]
 """Vectors of the queries of every collection, in the collection's order."""
+
+
+def base_folder(experiment: RetrieverExperiment, *, tell: Tell | None = None) -> Path:
+    """Return the base's sentence-transformers folder, fetched where it is not there yet."""
+    if experiment.base != "minilm":
+        return Path(experiment.base)
+    from pipelines.assets import minilm
+
+    return minilm(progress=tell)
 
 
 class RetrieverWorld:
@@ -75,11 +84,7 @@ class RetrieverWorld:
     @cached_property
     def base_folder(self) -> Path:
         """The base's sentence-transformers folder."""
-        if self.experiment.base != "minilm":
-            return Path(self.experiment.base)
-        from pipelines.assets import minilm
-
-        return minilm(progress=self.tell)
+        return base_folder(self.experiment, tell=self.tell)
 
     @cached_property
     def registry(self) -> Registry:
@@ -239,9 +244,11 @@ class RetrieverWorld:
         ends = np.cumsum([len(texts) for texts in self.texts.values()])[:-1]
         return dict(zip(self.texts, np.split(vectors, ends), strict=True))
 
-    def composed_queries(self, name: str, router: Mapping[str, Any]) -> tuple[Queries, Mapping[str, Weights]]:
+    def composed_queries(
+        self, name: str, router: Mapping[str, Any], *, experts: Mapping[str, str] | None = None
+    ) -> tuple[Queries, Mapping[str, Weights]]:
         """Encode all queries by a composition of every owner's expert; return vectors and weights by collection."""
-        encoder = self.composed(name, router)
+        encoder = self.composed(name, router, experts=experts)
         self.tell(f"encoding queries by {name}")
         everything = [text for texts in self.texts.values() for text in texts]
         vectors, routes = encoder.routed(everything)
@@ -249,9 +256,11 @@ class RetrieverWorld:
         weights = np.array([[route.weights.get(owner, 0.0) for owner in owners] for route in routes])
         return self._divided(vectors), self._divided(weights)  # type: ignore[return-value]
 
-    def composed(self, name: str, router: Mapping[str, Any]) -> Encoder:
-        """Open a composition of every owner's expert."""
-        return open_encoder(self.compose(name, list(self.experts.values()), router))
+    def composed(
+        self, name: str, router: Mapping[str, Any], *, experts: Mapping[str, str] | None = None
+    ) -> Encoder:
+        """Open a composition of every owner's expert; None: of those that were trained."""
+        return open_encoder(self.compose(name, list((experts or self.experts).values()), router))
 
     def compose(self, name: str, experts: Sequence[str], router: Mapping[str, Any]) -> Path:
         """Compose experts under a router; the folder is kept for the next time."""

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from experts.errors import CoterieError
@@ -96,6 +97,28 @@ def test_documents_are_encoded_once_and_cells_kept(
     assert run_experiment(comparison, work=work) == rows
 
 
+def test_a_work_folder_of_before_gets_the_new_arms_without_training(
+    done: Done, comparison: RetrieverExperiment, domains: RetrievalData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither weights nor what was published change; sums over token embeddings come beside it, from the pairs."""
+    from experts.routing_artifacts import RoutingArtifacts
+    from pipelines.experiments.retrieval.static import static_experts
+
+    monkeypatch.setattr("pipelines.train.train_jobs", lambda *_, **__: pytest.fail("trained again"))
+    world = RetrieverWorld(comparison, domains, folder=done[0], seed=0)
+    for domain, name in static_experts(world).items():
+        first, second = (world.registry.card(ref) for ref in (world.experts[domain], name))
+        assert first.files[:-1] == second.files[:-1]
+        loaded = [
+            RoutingArtifacts.load(world.registry.files(card)["routing.safetensors"], card.routing).retrieval
+            for card in (first, second)
+        ]
+        assert [made.info.static_tokens for made in loaded] == [False, True]
+        added = loaded[1].tensors()
+        assert set(added) - set(loaded[0].tensors()) == {"retrieval.static.sum", "retrieval.static.scatter"}
+        assert all(np.array_equal(added[name], tensor) for name, tensor in loaded[0].tensors().items())
+
+
 def test_what_is_written(done: Done, comparison: RetrieverExperiment, tmp_path: Path) -> None:
     _, rows = done
     paths = RetrieverComparison().write(comparison, rows, out=tmp_path / "results")
@@ -113,7 +136,13 @@ def test_what_is_written(done: Done, comparison: RetrieverExperiment, tmp_path: 
     ).items()
     text = paths[1].read_text()
     assert "| coterie - base |" in text
-    assert text.count("| base |") == 1
+    assert text.count("| base |") == 2
+    # of four layers the upper two are adapted, by two experts
+    for cost in ("base | 1.00", "coterie | 2.00", "coterie_top1 | 2.00", "coterie_one_pass | 1.00"):
+        assert f"| {cost} | 0." in text
+    for cost in ("coterie_static_tokens | 1.00", "coterie_static_tokens_soft | 1.50", "uniform | 1.50"):
+        assert f"| {cost} | 0." in text
+    assert "| dataset_oracle | 1" not in text
     assert "* `uniform`: The mean of all experts' query vectors." in text
 
 
