@@ -17,6 +17,7 @@ traceback and exits with ``exit_code``: 2 for bad input, 1 for a failure.
     ├── DataError         text that is missing or not in the stated format
     ├── AssetError        a public asset that could not be fetched or does not match its digest
     └── TrainingError     a training job that failed (exit code 1)
+        └── StartError    what a training job runs in did not start; the job itself was not begun
 
 `ExpertWarning` is no error: something an owner should look at before publishing.
 """
@@ -40,6 +41,7 @@ __all__ = [
     "OptOutError",
     "PlanError",
     "RegistryError",
+    "StartError",
     "TrainingError",
     "UnknownNameError",
 ]
@@ -118,3 +120,7 @@ class TrainingError(CoterieError):
     """A training job that failed."""
 
     exit_code = 1
+
+
+class StartError(TrainingError):
+    """What a training job runs in did not start; nothing of the job was read."""

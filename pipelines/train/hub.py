@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Literal
 
 import psutil
 
-from experts.errors import CoterieError, ManifestError, TrainingError
+from experts.errors import CoterieError, ManifestError, StartError, TrainingError
 from pipelines.train.anchor import ResolvedBase, resolve_base
 from pipelines.train.finished import is_finished, mark_finished
 from pipelines.train.job import DomainJob
@@ -39,6 +39,12 @@ _STOP_SECONDS = 30.0
 """How long agents may take to store checkpoints and stop their Ray before they are killed."""
 
 
+_NOT_STARTED = (
+    "Ray did not start in time. Try again when the machine is less busy, with fewer owners at once, or one job after "
+    "the other without Ray (--local)."
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobOutcome:
     """How one job ended.
@@ -47,7 +53,7 @@ class JobOutcome:
         name: The expert's name.
         folder: The packed expert, ready for `Registry.register`; None if there is none.
         error: Class name of what went wrong.
-        message: What went wrong, where the job ran in this process; None where it ran sealed.
+        message: What went wrong, where the job ran in this process or never began; None where it ran sealed.
         log: The owner's full log.
         final: The last report.
     """
@@ -351,13 +357,13 @@ def _listen(agents: Sequence[_Agent], *, progress: ProgressFn | None, deadline: 
 def _outcomes(agent: _Agent) -> Iterator[JobOutcome]:
     for task, final in zip(agent.tasks, agent.latest, strict=True):
         done = final.stage == "done" and not agent.problems and task.out.is_dir()
-        log = task.job.log_path
+        log, begun = task.job.log_path, final.error != StartError.__name__
         error = None if done else final.error or (agent.problems or [TrainingError.__name__])[0]
         yield JobOutcome(
             name=task.job.name,
             folder=task.out if done else None,
             error=error,
-            message=None,
-            log=log if log.exists() else agent.tasks[0].job.agent_log_path,
+            message=None if begun else _NOT_STARTED,
+            log=log if begun and log.exists() else agent.tasks[0].job.agent_log_path,
             final=final,
         )

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Mapping
+import traceback
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from experts.errors import TrainingError
+import psutil
+
+from experts.errors import StartError, TrainingError
 from pipelines.train.sealed import SealedResult
 
 __all__ = ["OwnerRay"]
@@ -30,7 +34,11 @@ _ENVIRONMENT = {
     "RAY_TASK_MAX_RETRIES": "0",
     "RAY_enable_worker_prestart": "0",
     "RAY_LOG_TO_STDERR": "0",
+    "RAY_gcs_server_port_wait_time_s": "120",  # Ray's own limit is 30 s, which a busy machine exceeds
 }
+
+_STARTS = 3
+"""How often Ray is started before it is given up: what it waits for its last process is 30 s, and no setting."""
 
 
 def _run_sealed(payload: str) -> dict[str, object]:
@@ -51,6 +59,9 @@ class OwnerRay:
     Args:
         folder: An existing folder of mode 0700 with a short path (Ray puts Unix sockets into it).
         cpus: How many cores Ray may use.
+
+    Raises:
+        StartError: Ray did not start, tried several times.
     """
 
     def __init__(self, folder: Path, *, cpus: int) -> None:
@@ -66,7 +77,7 @@ class OwnerRay:
 
         self._ray = ray
         self._cpus = cpus
-        ray.init(
+        self._start(
             address="local",
             num_cpus=cpus,
             num_gpus=0,
@@ -81,6 +92,22 @@ class OwnerRay:
         self._task: Any = ray.remote(
             num_cpus=cpus, max_retries=0, retry_exceptions=False, max_calls=1, runtime_env={}
         )(_run_sealed)
+
+    def _start(self, **settings: Any) -> None:
+        """Start Ray; what it raises where it does not come up in time is a bare ``Exception``."""
+        there = _children()
+        for _ in range(_STARTS):
+            try:
+                self._ray.init(**settings)
+                return
+            except Exception:
+                traceback.print_exc()  # to whatever log the caller has opened
+                self._ray.shutdown()
+                _end(_children() - there)
+        raise StartError(
+            f"Ray did not start in {_STARTS} attempts. Try again when the machine is less busy, or train without Ray: "
+            "coterie train --local."
+        )
 
     def submit(self, payload: str) -> Any:
         """Start the sealed task; returns Ray's reference to its result."""
@@ -103,3 +130,15 @@ class OwnerRay:
     def stop(self) -> None:
         """Stop every process of this Ray; a second call does nothing."""
         self._ray.shutdown()
+
+
+def _children() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
+
+
+def _end(processes: Collection[psutil.Process]) -> None:
+    """Kill what a failed start left running."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(list(processes), timeout=5)
