@@ -31,10 +31,23 @@ def _through_the_cache(model: Any, ids: torch.Tensor, cache: Any = None) -> torc
     return torch.cat(steps, dim=1)
 
 
-@pytest.mark.parametrize("upcycle", [OWN, SHARED], ids=["own", "shared"])
-@pytest.mark.parametrize("family", FAMILIES)
+CACHED = [
+    *((family, upcycle) for family in (*FAMILIES, "gemma3_text") for upcycle in (OWN, SHARED)),
+    ("gpt_neox", OWN),
+    ("phi3", OWN),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "upcycle"),
+    CACHED,
+    ids=[f"{family}-{upcycle['attention']['kv']}" for family, upcycle in CACHED],
+)
 def test_cached_equals_uncached(loaded: Any, family: str, upcycle: Any, ids: torch.Tensor) -> None:
-    """Grouped queries, norms of queries and keys, norms behind the block, parallel blocks, windows of 8 positions."""
+    """Grouped queries, norms of queries and keys, norms behind the block, parallel blocks, windows of 8 positions.
+
+    Also windows in some layers only (Gemma), and queries, keys and values in one matrix (GPT-NeoX, Phi-3).
+    """
     model = loaded("bam", family=family, upcycle=upcycle)
     with torch.inference_mode():
         whole = model(ids, use_cache=False).logits
