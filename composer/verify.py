@@ -71,23 +71,24 @@ def verify_optout(
 
     Args:
         folder: A composed folder.
-        owner: Whom to leave out; None: each owner in turn.
+        owner: Whom to leave out; None: everybody in turn, whose expert or whose text alone is in the folder.
         prompts: Real text beside the random token sequences.
         progress: Told what is being compared.
         seed: Of the random prompts.
 
     Returns:
         Three rows per owner, one per door. Where the composition's class is ``recompose``, requests cannot leave
-        anybody out, and there are two.
+        anybody out, and there are two. Owners whose text alone went into tuned weights have no part in building, so
+        that door is not theirs; never having joined is the composition from before it was tuned.
 
     Raises:
-        UnknownNameError: ``owner`` has no expert in the composition.
+        UnknownNameError: Nothing of ``owner`` is in the composition.
         OptOutError: The composition's class is ``retrain``.
     """
     folder = Path(folder)
     lock = Lock.read(folder)
-    if owner is not None and owner not in lock.owners:
-        raise unknown_name("owner", owner, lock.owners)
+    if owner is not None and owner not in lock.involved:
+        raise unknown_name("owner", owner, lock.involved)
     promised = lock.untuned.optout_class
     if promised == "retrain":
         raise OptOutError(
@@ -98,9 +99,10 @@ def verify_optout(
     probe = recipe.probe(folder, prompts, seed=seed)
     rows: list[Verification] = []
     whole = _load(folder)
-    for one in [owner] if owner is not None else lock.owners:
+    for one in [owner] if owner is not None else lock.involved:
+        own = doors if one in lock.owners else doors[1:]
         with never_joined(folder, {one}) as without:
-            rows += _verify_owner(folder, without, one, whole, probe, doors, progress or (lambda _: None))
+            rows += _verify_owner(folder, without, one, whole, probe, own, progress or (lambda _: None))
     return rows
 
 
@@ -146,7 +148,9 @@ def _verify_owner(
     batches = probe.batches(whole)
     expected = [probe.outputs(never, batch) for batch in batches]
     rows = []
-    for door in ("build", "load"):
+    for door in doors:
+        if door == "request":
+            continue
         progress(f"{owner}: {door}")
         model = _build_without(folder, owner) if door == "build" else _load(folder, opt_out={owner})
         rows.append(_compare(owner, door, [probe.outputs(model, batch) for batch in batches], expected))

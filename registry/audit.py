@@ -93,7 +93,7 @@ class AuditLog:
             raise IntegrityError(
                 f"The index of the registry '{self.folder.parent}' ends at change {entries}, but its log "
                 "goes on: the index was cut or replaced by an old copy. Recreate it from the log and the "
-                "blobs with registry.Registry(path).fsck(rebuild=True)."
+                "blobs with `coterie verify --rebuild`."
             )
 
     def load_files(self) -> list[AuditEntry]:

@@ -58,7 +58,7 @@ def _from_sqlite(reason: str, *, root: Path, doing: str) -> CoterieError:
     if "not a database" in reason or "malformed" in reason:
         return IntegrityError(
             f"The index of the registry '{root}' is damaged ({reason}). Restore 'index.sqlite' from a copy, "
-            "or recreate it from the log and the blobs with registry.Registry(path).fsck(rebuild=True)."
+            "or recreate it from the log and the blobs with `coterie verify --rebuild`."
         )
     return _failed(root, doing=doing, reason=reason)
 

@@ -130,7 +130,7 @@ class Storage:
             raise IntegrityError(
                 f"The registry '{self.root}' has an audit log, but its index '{_INDEX_NAME}' is missing. "
                 "Restore it from a copy, or recreate it from the log and the blobs with "
-                "registry.Registry(path).fsck(rebuild=True)."
+                "`coterie verify --rebuild`."
             )
 
     def _prepare(self) -> None:

@@ -243,7 +243,7 @@ def verify_optout_folder(
         str | None,
         typer.Option(
             "--owner",
-            help="Only this owner; by default each in turn.",
+            help="Only this owner; by default each in turn, whose text alone was tuned on included.",
             autocompletion=complete_owner,
             show_default=False,
         ),

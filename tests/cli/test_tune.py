@@ -79,6 +79,13 @@ def test_tuning(run: Any, files: Path, filled: Path) -> None:
     options = ("--prompt", "The", "--max-new-tokens", 1, "--device", "cpu", "--opt-out", "counsel")
     outcome = run("generate", files / "out", *options, registry=filled)
     assert outcome.code == 0, outcome.err
+    outcome = run("verify-optout", files / "out", "--json", registry=filled)
+    assert outcome.code == 0, outcome.err
+    assert [(row["owner"], row["door"]) for row in outcome.json] == [
+        *(("acme", door) for door in ("build", "load", "request")),
+        *(("counsel", door) for door in ("load", "request")),
+        *(("soft", door) for door in ("build", "load", "request")),
+    ]
     again = _tune(run, files, filled, "--json")
     assert (again.code, again.err.splitlines()[-1]) == (
         2,

@@ -160,7 +160,7 @@ def test_entries_cut_off_the_end_are_found(library: Registry) -> None:
     assert str(caught.value) == (
         f"The index of the registry '{library.path}' ends at change 3, but its log goes on: the index was "
         "cut or replaced by an old copy. Recreate it from the log and the blobs with "
-        "registry.Registry(path).fsck(rebuild=True)."
+        "`coterie verify --rebuild`."
     )
 
 

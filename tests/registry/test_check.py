@@ -172,7 +172,7 @@ def test_a_missing_index_is_explained(library: Registry, make_expert: Any) -> No
         assert str(caught.value) == (
             f"The registry '{library.path}' has an audit log, but its index 'index.sqlite' is missing. "
             "Restore it from a copy, or recreate it from the log and the blobs with "
-            "registry.Registry(path).fsck(rebuild=True)."
+            "`coterie verify --rebuild`."
         )
     assert not (library.path / "index.sqlite").exists()
 

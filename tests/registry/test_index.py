@@ -158,7 +158,7 @@ def test_a_file_that_is_no_database_is_a_damaged_index(tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"The index of the registry '{tmp_path}' is damaged (file is not a database). Restore "
         "'index.sqlite' from a copy, or recreate it from the log and the blobs with "
-        "registry.Registry(path).fsck(rebuild=True)."
+        "`coterie verify --rebuild`."
     )
 
 

@@ -125,6 +125,27 @@ def test_every_door_passes_the_proof(tuned: dict[str, Path]) -> None:
     assert [(row.door, row.passed) for row in rows] == [("build", True), ("load", True), ("request", True)]
 
 
+def test_the_proof_goes_through_owners_of_text_alone(
+    tuned: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without an expert there is nothing not to build; a door that does not honour them is found out."""
+    rows = composer.verify_optout(tuned["routers"], owner="zed")
+    assert [(row.owner, row.door, row.passed) for row in rows] == [
+        ("zed", "load", True),
+        ("zed", "request", True),
+    ]
+    with pytest.raises(CoterieError) as caught:
+        composer.verify_optout(tuned["routers"], owner="zedd")
+    assert str(caught.value) == "Unknown owner 'zedd'. Did you mean 'zed'? Known: acme, bob, zed, zoe."
+
+    from composer import verify
+
+    load = verify._load
+    monkeypatch.setattr(verify, "_load", lambda folder, **options: load(folder))
+    rows = composer.verify_optout(tuned["routers"], owner="zed")
+    assert [(row.door, row.passed) for row in rows] == [("load", False), ("request", True)]
+
+
 def test_rows_that_need_different_weights_are_refused(pico: Any, tuned: dict[str, Path]) -> None:
     model = composer.load(tuned["routers"])
     with pytest.raises(OptOutError) as caught:
