@@ -41,6 +41,7 @@ _IN_TRAINING_ONLY = frozenset(
     {"attention_probs_dropout_prob", "gradient_checkpointing", "hidden_dropout_prob"}
 )
 """Keys of encoders that say how they are trained."""
+_NEEDLESS = (DECIDES_NOTHING - _KEPT) | _IN_TRAINING_ONLY
 _UNSAID = {
     "add_cross_attention": (False,),
     "is_decoder": (False,),
@@ -121,8 +122,7 @@ class FullEncoderKind(ExpertKind):
 
     def sanitize_config(self, config: Mapping[str, object], base_ref: BaseRef) -> dict[str, object]:
         """Leave out what decides nothing, which may name places on the owner's machine."""
-        dropped = (DECIDES_NOTHING - _KEPT) | _IN_TRAINING_ONLY
-        return {key: value for key, value in config.items() if key not in dropped}
+        return {key: value for key, value in config.items() if key not in _NEEDLESS}
 
     def check_raw(self, folder: Path, base: BaseDescription, base_ref: BaseRef) -> None:
         """Refuse an encoder that pools, normalises, compares or cuts off otherwise than the base.
@@ -167,6 +167,12 @@ class FullEncoderKind(ExpertKind):
 
     def check_more(self, files: Mapping[str, Path], base: BaseDescription, base_ref: BaseRef) -> None:
         """Check that the tokenizer makes the base's tokens: one tokenization serves every expert of a composition."""
+        needless = _NEEDLESS & self.read_config(files[self.config_file]).keys()
+        if needless:
+            raise AdmissionError(
+                f"{self.config_file} holds keys that decide nothing; pack the expert again:",
+                problems=sorted(needless),
+            )
         _check_tokens(files[TOKENIZER_FILE], base, base_ref)
         assert base.embedding is not None, "checked before"
         problems = settings_problems(
@@ -202,8 +208,6 @@ def _check_tokens(path: Path, base: BaseDescription, base_ref: BaseRef) -> None:
 def _key_problems(config: Mapping[str, object]) -> list[str]:
     """Say which keys have no place in a packed configuration, whatever the base's says."""
     problems = [f"{key}: names code, which is never run; remove it" for key in sorted(_CODE & config.keys())]
-    needless = (DECIDES_NOTHING - _KEPT) & config.keys()
-    problems += [f"{key}: decides nothing; pack the expert again" for key in sorted(needless)]
     classes = config.get("architectures", [])
     if not isinstance(classes, list) or not all(isinstance(c, str) and _CLASS.fullmatch(c) for c in classes):
         problems.append(f"architectures: {classes!r:.80} found; a list of class names is needed")
