@@ -820,6 +820,52 @@ def _wordpieces(longest: int) -> Any:
     return BertTokenizer(vocab=vocabulary, do_lower_case=True, model_max_length=longest)
 
 
+_LONG = (
+    "tests/conformance",
+    "tests/train/test_ray.py",
+    "tests/composer",
+    "tests/cli",
+    "tests/retriever",
+    "tests/train",
+    "tests/benchmarks",
+    "tests/registry",
+    "tests/project",
+    "tests/experiments",
+    "tests/experiments/retrieval",
+    "tests/baselines",
+    "tests/export",
+    "tests/upcycling",
+)
+"""Units of work that take longest, longest first: a folder, or a file of its own."""
+
+
+def _unit(nodeid: str) -> str:
+    """The unit that a test is in; what fixtures of a session make is made once where a folder stays together."""
+    path, _, _ = nodeid.partition("::")
+    return path if path in _LONG else "/".join(path.split("/")[:-1])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest: a process that begins it at the end works alone."""
+    rank = {unit: number for number, unit in enumerate(_LONG)}
+    items.sort(key=lambda item: rank.get(_unit(item.nodeid), len(rank)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``--dist loadfile``, deal out the units in the order of the items and not by their numbers of tests."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Units(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _unit(nodeid)
+
+    if config.getoption("dist") != "loadfile":
+        return None
+    config.option.loadscopereorder = False
+    return Units(config, log)
+
+
 @pytest.fixture(autouse=True)
 def _own_user_folders(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep the user's own registry, caches and settings out of reach."""
