@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 from composer.recipes import RECIPES
 from composer.routing.scorers import SCORERS
@@ -140,10 +141,22 @@ def test_document(
         run_block(block, folder, run_coterie, monkeypatch)
 
 
+def test_manifests_in_other_documents_are_read() -> None:
+    """Their blocks need what no test has; a manifest among them can be read all the same."""
+    from composer.manifest import Manifest
+
+    text = (ROOT / "docs" / "upcycling.md").read_text()
+    read = [
+        Manifest.from_dict(yaml.safe_load(b.text)) for b in blocks(text, "upcycling") if b.language == "yaml"
+    ]
+    assert [manifest.recipe for manifest in read] == ["bam"]
+
+
 def test_links_in_documents_lead_somewhere() -> None:
-    for document in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+    more = [str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")]
+    for document in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", *more):
         for target in re.findall(r"\]\((?!https?://)([^)#]+)", (ROOT / document).read_text()):
-            assert (ROOT / target).exists(), f"{document}: {target}"
+            assert ((ROOT / document).parent / target).exists(), f"{document}: {target}"
 
 
 class TestTheRunner:
