@@ -16,7 +16,7 @@ from typing import Any
 from composer.building import Progress, build
 from composer.edit_members import Joining, joining, leaving
 from composer.edit_source import EditSource
-from composer.lock import Lock
+from composer.lock import Lock, LockedTuning
 from composer.manifest import ExpertEntry, Manifest
 from composer.members import BASE_FOLDER
 from composer.planning import Plan, plan
@@ -48,6 +48,7 @@ class Change:
         warnings: What the user should know, the plan's warnings included.
         source: Where names, cards and files come from.
         new_rows: What the new experts' router rows start from where tuned weights stay; None: they do not.
+        trimmed: What stays tuned where only experts leave that joined after the tuning.
     """
 
     folder: Path
@@ -59,6 +60,7 @@ class Change:
     warnings: tuple[str, ...]
     source: EditSource
     new_rows: NewRows | None = None
+    trimmed: LockedTuning | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for printing and ``--json``."""
@@ -167,6 +169,8 @@ def plan_change(
         problems = growth_problems(own.lock, new_rows, replaced=set(new) & set(kept), removed=out)
         if problems:
             raise PlanError(f"{path} cannot be changed:", problems=problems)
+    trimmed = own.lock.tuned.trimmed(out) if own.lock.tuned is not None and not new else None
+    kept_tuning = new_rows is not None or trimmed is not None
     return Change(
         folder=path,
         before=own.lock,
@@ -174,9 +178,10 @@ def plan_change(
         added=tuple(record.ref for name, (_, record) in sorted(new.items()) if name not in kept),
         replaced={kept[name]: record.ref for name, (_, record) in sorted(new.items()) if name in kept},
         removed=tuple(kept[name] for name in sorted(out)),
-        warnings=(*planned.warnings, *_warnings(own, registry if add else None, kept=new_rows is not None)),
+        warnings=(*planned.warnings, *_warnings(own, registry if add else None, kept=kept_tuning)),
         source=source,
         new_rows=new_rows,
+        trimmed=trimmed,
     )
 
 
@@ -200,11 +205,16 @@ def apply_change(change: Change, *, copy: bool = False, progress: Progress | Non
         source = change.source
         if copy:
             source = source.copied_to(made.with_name(f"{made.name}.copies"))
-        plain = made if change.new_rows is None else made.with_name(f"{made.name}.plain")
+        stays_tuned = change.new_rows is not None or change.trimmed is not None
+        plain = made.with_name(f"{made.name}.plain") if stays_tuned else made
         build(change.plan, plain, registry=source, progress=progress)
         _check_nothing_lost(change, plain)
         if change.new_rows is not None:
             keep_tuning(change.folder, plain, made, new_rows=change.new_rows)
+        elif change.trimmed is not None:
+            from composer.tuned import write_grown
+
+            write_grown(change.folder, plain, made, change.trimmed)
     return change.folder
 
 

@@ -105,10 +105,10 @@ def load_language_model(
     return model
 
 
-def load_untuned(folder: Path, *, dtype: Any) -> ComposedForCausalLM:
-    """Load a tuned folder as it was composed, with everybody in it; on the CPU."""
+def load_untuned(folder: Path, *, dtype: Any, without: Collection[str] = ()) -> ComposedForCausalLM:
+    """Load a tuned folder as it was composed, without some owners; on the CPU."""
     lock = Lock.read(folder).untuned
-    members = Members.open(folder, lock, without=())
+    members = Members.open(folder, lock, without=without)
     model = _base_model(folder, lock, dtype, None, None)
     _join(model, members, lock)
     model.eval()
@@ -190,4 +190,16 @@ def _join(model: ComposedForCausalLM, members: Members, lock: Lock) -> None:
         from composer.tuned import Untuned, apply_tuned
 
         apply_tuned(model, members.folder, members.lock.tuned)
-        model.untuned = Untuned(members.folder, involved=members.lock.involved)
+        free = _joined_afterwards(members.lock)
+        model.untuned = Untuned(
+            members.folder,
+            involved=members.lock.involved,
+            free=free,
+            free_ids=[member.id for member in members.experts if member.locked.owner in free],
+            without=set(lock.owners) - set(members.lock.owners),
+        )
+
+
+def _joined_afterwards(lock: Lock) -> set[str]:
+    """Return the owners who can be left out of a tuned composition and leave the tuned weights as they are."""
+    return {owner for owner in lock.owners if lock.without({owner}).tuned is not None}

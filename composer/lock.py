@@ -25,6 +25,7 @@ __all__ = [
     "Lock",
     "LockedBase",
     "LockedExpert",
+    "LockedRows",
     "LockedTuning",
     "OptOutClass",
     "TrainedParts",
@@ -89,6 +90,18 @@ class LockedExpert(_Strict):
         return f"experts/{self.digest}"
 
 
+class LockedRows(_Strict):
+    """Router rows of an expert that joined after a tuning, which knows nothing of them."""
+
+    expert: str
+    beside: tuple[str, ...]
+    """Experts whose rows or published artefacts they were computed from, sorted."""
+    new_rows: str
+    """How: a name of `composer.upcycling.growth.NEW_ROWS`."""
+    file: FileEntry
+    """Under ``tuned/``: a row ``(d,)`` for every router, by the name of its rows."""
+
+
 class LockedTuning(_Strict):
     """Weights that were trained after composing; they stand in files of their own, beside what they started from."""
 
@@ -103,6 +116,26 @@ class LockedTuning(_Strict):
     """Of the composition before."""
     settings: dict[str, str | int | float | bool | None]
     """The job without its paths."""
+    grown: tuple[LockedRows, ...] = ()
+    """Experts that joined afterwards, in that order; ``owners`` are not theirs."""
+
+    @model_serializer(mode="wrap")
+    def _without_nobody(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = handler(self)
+        return {key: value for key, value in data.items() if value or key != "grown"}
+
+    @property
+    def all_files(self) -> tuple[FileEntry, ...]:
+        """What was tuned, and the rows of those who joined afterwards."""
+        return (*self.files, *(rows.file for rows in self.grown))
+
+    def trimmed(self, experts: Collection[str]) -> Self | None:
+        """Return the tuning without experts that joined afterwards; None where it, or rows that stay, hold them."""
+        staying = tuple(rows for rows in self.grown if rows.expert not in experts)
+        joined = {rows.expert for rows in self.grown}
+        if set(experts) - joined or any(set(rows.beside) & set(experts) for rows in staying):
+            return None
+        return self.model_copy(update={"grown": staying})
 
 
 class Lock(_Strict):
@@ -144,7 +177,7 @@ class Lock(_Strict):
         """The lock of the composition as it was before any tuning."""
         if self.tuned is None:
             return self
-        files = {f"{TUNED_FOLDER}/{entry.path}" for entry in self.tuned.files}
+        files = {f"{TUNED_FOLDER}/{entry.path}" for entry in self.tuned.all_files}
         return self.model_copy(
             update={
                 "tuned": None,
@@ -159,11 +192,19 @@ class Lock(_Strict):
         return tuple(sorted({expert.owner for expert in self.experts}))
 
     def without(self, owners: Collection[str]) -> Self:
-        """Return the lock of the composition that these owners never joined; what was tuned holds all of them."""
-        kept = self.untuned if set(owners) & set(self.involved) else self
+        """Return the lock of the composition that these owners never joined.
+
+        What was tuned holds everybody who was there, so it stays only where those who leave joined afterwards.
+        """
+        kept = self if self.tuned is None else self._tuned_without(self.tuned, owners)
         experts = tuple(expert for expert in kept.experts if expert.owner not in owners)
         lineage = {path: who for path, who in kept.lineage.items() if not set(who) & set(owners)}
         return kept.model_copy(update={"experts": experts, "lineage": lineage})
+
+    def _tuned_without(self, tuned: LockedTuning, owners: Collection[str]) -> Self:
+        leaving = {expert.name for expert in self.experts if expert.owner in owners}
+        trimmed = None if set(owners) & set(tuned.owners) else tuned.trimmed(leaving)
+        return self.untuned if trimmed is None else self.model_copy(update={"tuned": trimmed})
 
     def to_bytes(self) -> bytes:
         """Return the file's bytes: indented JSON with a fixed order of keys."""
@@ -178,7 +219,7 @@ class Lock(_Strict):
             self.recipe,
             self.router.model_dump_json(),
             *(expert.digest for expert in self.experts),
-            *(entry.sha256 for entry in (self.tuned.files if self.tuned else ())),
+            *(entry.sha256 for entry in (self.tuned.all_files if self.tuned else ())),
         ]
         if self.upcycle is not None:
             parts.append(self.upcycle.model_dump_json())

@@ -143,7 +143,7 @@ class Members:
         """
         files = [(member.file(entry.path), entry) for member in self.experts for entry in member.locked.files]
         if self.lock.tuned is not None:
-            files += [(self.folder / TUNED_FOLDER / entry.path, entry) for entry in self.lock.tuned.files]
+            files += [(self.folder / TUNED_FOLDER / entry.path, entry) for entry in self.lock.tuned.all_files]
         for path, entry in files:
             found = sha256_file(path)
             if found != entry.sha256:

@@ -7,7 +7,7 @@ out; what they started from stays in the folder. Knows parameters by name; knows
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from composer.building import link_file, new_folder
-from composer.lock import LOCK_NAME, TUNED_FOLDER, Lock, LockedTuning, TrainedParts
+from composer.lock import LOCK_NAME, TUNED_FOLDER, Lock, LockedRows, LockedTuning, TrainedParts
 from composer.model_card import write_model_card
 from composer.optout import OptOut, owners_per_row
 from experts.card import FileEntry
@@ -26,11 +26,13 @@ if TYPE_CHECKING:
     from composer.model import ComposedForCausalLM
 
 __all__ = [
+    "ROWS",
     "Group",
     "Untuned",
     "apply_tuned",
     "parameter_groups",
     "trained_names",
+    "write_grown",
     "write_tuned",
 ]
 
@@ -82,7 +84,9 @@ def apply_tuned(model: nn.Module, folder: Path, tuned: LockedTuning) -> None:
     from safetensors import safe_open
 
     parameters = dict(model.named_parameters())
-    for entry in tuned.files:
+    sources: list[tuple[FileEntry, str | None]] = [(entry, None) for entry in tuned.files]
+    sources += [(rows.file, rows.expert) for rows in tuned.grown]
+    for entry, expert in sources:
         path = folder / TUNED_FOLDER / entry.path
         if not path.is_file() or path.stat().st_size != entry.size:
             raise BuildError(
@@ -91,12 +95,34 @@ def apply_tuned(model: nn.Module, folder: Path, tuned: LockedTuning) -> None:
         with safe_open(path, framework="pt") as file, torch.no_grad():
             for name in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
                 tensor = file.get_tensor(name)
-                if name not in parameters or parameters[name].shape != tensor.shape:
+                places = None
+                if name in parameters and tuned.grown and name.endswith(ROWS):
+                    places = row_places(model, name, tuned, expert)
+                    tensor = tensor if tensor.dim() == 2 else tensor[None]
+                target = parameters.get(name)
+                held = target if places is None or target is None else target[places]
+                if target is None or held is None or held.shape != tensor.shape:
                     raise BuildError(
                         f"{path} holds '{name}' of shape {tuple(tensor.shape)}, which this composition has not. Tune "
                         "the folder again."
                     )
-                parameters[name].copy_(tensor)
+                target[slice(None) if places is None else places] = tensor.to(target)
+
+
+ROWS = ".router.scorer.rows"
+"""How the parameters end that have a row per expert."""
+
+
+def row_places(model: nn.Module, name: str, tuned: LockedTuning, expert: str | None) -> list[int]:
+    """Return where rows of a file stand in a router's: those of an expert who joined, or of all who were tuned."""
+    scorer: Any = model.get_submodule(name.removesuffix(".rows"))
+    membership: Any = model.membership
+    ids = {who: number for number, who in enumerate(membership.experts, start=1)}
+    if expert is not None:
+        return [scorer.position[ids[expert]]]
+    joined = {rows.expert for rows in tuned.grown}
+    tuned_ids = [number for who, number in ids.items() if who not in joined]
+    return [scorer.position[number] for number in ([0] if 0 in scorer.position else []) + tuned_ids]
 
 
 class Untuned:
@@ -106,12 +132,26 @@ class Untuned:
 
     Args:
         folder: The tuned folder.
-        involved: Everybody whose text or experts are in the tuned weights.
+        involved: Everybody whose text or experts are in the tuned weights, or who joined afterwards.
+        free: Owners whose experts joined afterwards; they are left out of the tuned weights as of any others.
+        free_ids: Ids of those experts.
+        without: Owners who were left out when the folder was loaded.
     """
 
-    def __init__(self, folder: Path, *, involved: Sequence[str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        involved: Sequence[str],
+        free: Collection[str] = (),
+        free_ids: Collection[int] = (),
+        without: Collection[str] = (),
+    ) -> None:
         self.folder = folder
         self.involved = tuple(involved)
+        self.free = frozenset(free)
+        self.free_ids = frozenset(free_ids)
+        self.without = frozenset(without)
         self._model: ComposedForCausalLM | None = None
 
     def is_asked(self, opt_out: OptOut | None, allowed: torch.Tensor) -> bool:
@@ -124,10 +164,11 @@ class Untuned:
         Raises:
             OptOutError: Some rows do and others do not.
         """
-        asked = ~allowed[:, 1:].all(dim=-1)
+        held = [number for number in range(1, allowed.shape[1]) if number not in self.free_ids]
+        asked = ~allowed[:, held].all(dim=-1)
         if opt_out is not None:
             sets = owners_per_row(opt_out, batch=len(allowed), known=self.involved)
-            asked = torch.tensor([bool(owners) for owners in sets])
+            asked = torch.tensor([bool(owners - self.free) for owners in sets])
         if not bool(asked.any()):
             return False
         if not bool(asked.all()):
@@ -150,7 +191,7 @@ class Untuned:
         from composer.loading import load_untuned
 
         config: Any = tuned.config
-        model = load_untuned(self.folder, dtype=tuned.dtype)
+        model = load_untuned(self.folder, dtype=tuned.dtype, without=self.without)
         model.set_attn_implementation(config._attn_implementation)
         model.config._experts_implementation = config._experts_implementation
         changed = set(_names(self.folder, Lock.read(self.folder)))
@@ -220,6 +261,49 @@ def write_tuned(
     return Path(out)
 
 
+def write_grown(
+    before: Path,
+    plain: Path,
+    out: Path,
+    tuned: LockedTuning,
+    *,
+    rows: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+    beside: Mapping[str, Sequence[str]] | None = None,
+    new_rows: str = "",
+) -> Path:
+    """Write an untuned composition with the tuned files of another one, and rows of those who joined.
+
+    Args:
+        before: The tuned folder.
+        plain: The composition without tuned weights: that of ``before``, with other experts joined or gone.
+        out: What is written; must not exist.
+        tuned: Of ``before``, without those who are gone.
+        rows: Expert who joins -> name of the router's rows -> its row ``(d,)``.
+        beside: Expert who joins -> experts that its rows were computed from.
+        new_rows: How they were.
+
+    Raises:
+        BuildError: ``out`` cannot be written. Nothing is left behind.
+    """
+    from safetensors.torch import save_file
+
+    lock = Lock.read(plain)
+    joined = []
+    with new_folder(Path(out)) as staging:
+        _link(plain, staging, lock)
+        (staging / TUNED_FOLDER).mkdir()
+        for entry in tuned.all_files:
+            link_file(before / TUNED_FOLDER / entry.path, staging / TUNED_FOLDER / entry.path)
+        for expert, tensors in (rows or {}).items():
+            path = staging / TUNED_FOLDER / f"rows-{expert.replace('/', '--')}.safetensors"
+            save_file({name: row.contiguous() for name, row in tensors.items()}, path)
+            file = FileEntry(path=path.name, size=path.stat().st_size, sha256=sha256_file(path))
+            sources = tuple(sorted((beside or {})[expert]))
+            joined.append(LockedRows(expert=expert, beside=sources, new_rows=new_rows, file=file))
+        _write_lock(staging, lock, tuned.model_copy(update={"grown": (*tuned.grown, *joined)}))
+    return Path(out)
+
+
 def _widest(trained: TrainedParts, before: LockedTuning | None) -> TrainedParts:
     order: list[TrainedParts] = ["routers", "trunk", "all"]
     return max(trained, before.trained if before else trained, key=order.index)
@@ -258,6 +342,12 @@ def _write_tensors(
 
 def _write_lock(staging: Path, before: Lock, tuned: LockedTuning) -> None:
     lineage = {f"{TUNED_FOLDER}/{entry.path}": tuned.owners for entry in tuned.files}
+    for rows in tuned.grown:
+        names = {rows.expert, *rows.beside}
+        whose = {expert.owner for expert in before.experts if expert.name in names}
+        if rows.beside:  # whose rows are tuned ones
+            whose |= set(tuned.owners)
+        lineage[f"{TUNED_FOLDER}/{rows.file.path}"] = tuple(sorted(whose))
     lock = before.model_copy(
         update={"tuned": tuned, "optout_class": "retrain", "lineage": {**before.lineage, **lineage}}
     )

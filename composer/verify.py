@@ -115,7 +115,18 @@ def never_joined(folder: Path, owners: Collection[str]) -> Iterator[Path]:
     from composer.recompose import recompose
 
     with _scratch(folder) as scratch:
-        yield recompose(folder, scratch / "composed", without=owners)
+        composed = recompose(folder, scratch / "composed", without=owners)
+        yield _tuned_again(folder, composed, scratch / "tuned", owners)
+
+
+def _tuned_again(folder: Path, composed: Path, out: Path, owners: Collection[str]) -> Path:
+    """Put back what was tuned before these owners joined; nothing where it holds something of them."""
+    tuned = Lock.read(folder).without(owners).tuned
+    if tuned is None:
+        return composed
+    from composer.tuned import write_grown
+
+    return write_grown(folder, composed, out, tuned)
 
 
 @contextmanager
@@ -167,7 +178,8 @@ def _build_without(folder: Path, owner: str) -> ComposedForCausalLM:
     from composer.recompose import recompose
 
     with _scratch(folder) as scratch:
-        return _load(recompose(folder, scratch / "composed", opt_out={owner}))
+        composed = recompose(folder, scratch / "composed", opt_out={owner})
+        return _load(_tuned_again(folder, composed, scratch / "tuned", {owner}))
 
 
 def _compare(

@@ -55,7 +55,14 @@ class RouterRows:
 
         stored = self.tuned.rows(layer)
         if stored is not None:
-            return floats(stored)
+            first = iter(floats(stored))
+            later = self.tuned.grown
+            return np.stack(
+                [
+                    floats(self.tuned.later_row(layer, seat.name)) if seat.name in later else next(first)
+                    for seat in present
+                ]
+            )
         match self.members.lock.router.scorer:
             case "learned":
                 return np.stack([self.published[seat.id].weights[layer] for seat in present])

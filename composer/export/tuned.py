@@ -6,6 +6,8 @@ tuned tensor is lost without a word.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from composer.export.tensors import Slice
 from composer.lock import TUNED_FOLDER
 from composer.members import Members
@@ -28,14 +30,13 @@ class TunedTensors:
         self._tied = bool(members.description.config.get("tie_word_embeddings"))
         self._slices: dict[str, Slice] = {}
         self._claimed: set[str] = set()
-        for entry in members.lock.tuned.files if members.lock.tuned else ():
-            path = members.folder / TUNED_FOLDER / entry.path
-            if not path.is_file() or path.stat().st_size != entry.size:
-                raise BuildError(
-                    f"{path} is missing or has been changed (expected {entry.size} bytes). Tune the folder again."
-                )
-            header = read_header(path, max_header=MAX_BASE_HEADER, max_tensors=MAX_BASE_TENSORS)
-            self._slices |= {name: Slice.of(path, tensor) for name, tensor in header.tensors.items()}
+        self.grown: dict[str, dict[str, Slice]] = {}
+        """Expert that joined after the tuning -> its rows ``(d,)`` by the name of the router's."""
+        tuned = members.lock.tuned
+        for entry in tuned.files if tuned else ():
+            self._slices |= _slices(members.folder / TUNED_FOLDER / entry.path, entry.size)
+        for rows in tuned.grown if tuned else ():
+            self.grown[rows.expert] = _slices(members.folder / TUNED_FOLDER / rows.file.path, rows.file.size)
 
     def trunk(self, name: str) -> Slice | None:
         """Return a tensor of the base by its name there; a tied head is the embedding."""
@@ -44,8 +45,12 @@ class TunedTensors:
         return self._claim(f"base.{name}")
 
     def rows(self, layer: int) -> Slice | None:
-        """Return a layer's router rows, ``(present, d)``."""
+        """Return a layer's router rows, ``(present, d)``, of those who were there when it was tuned."""
         return self._claim(f"{self._module(layer)}.router.scorer.rows")
+
+    def later_row(self, layer: int, expert: str) -> Slice:
+        """Return the row ``(d,)`` of an expert that joined after the tuning."""
+        return self.grown[expert][f"{self._module(layer)}.router.scorer.rows"]
 
     def biases(self, layer: int) -> Slice | None:
         """Return a layer's router biases, ``(present,)``; those above 0 count as 0, and so does the anchor's."""
@@ -71,3 +76,12 @@ class TunedTensors:
     def _claim(self, name: str) -> Slice | None:
         self._claimed.add(name)
         return self._slices.get(name)
+
+
+def _slices(path: Path, size: int) -> dict[str, Slice]:
+    if not path.is_file() or path.stat().st_size != size:
+        raise BuildError(
+            f"{path} is missing or has been changed (expected {size} bytes). Tune the folder again."
+        )
+    header = read_header(path, max_header=MAX_BASE_HEADER, max_tensors=MAX_BASE_TENSORS)
+    return {name: Slice.of(path, tensor) for name, tensor in header.tensors.items()}

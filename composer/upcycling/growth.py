@@ -5,7 +5,7 @@ Knows tuned tensors by name and rows by expert. What a row starts from is the ar
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -13,6 +13,7 @@ from composer.lock import TUNED_FOLDER, Lock
 from experts.names import unknown_name
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from composer.members import Members
@@ -25,8 +26,6 @@ NewRows = Literal["untuned", "embedding", "statistics"]
 router gives it, from its prompts or a seed; ``embedding``: the others' tuned rows, by likeness of the published domain
 embeddings; ``statistics``: the published sums of the router's inputs."""
 NEW_ROWS: tuple[NewRows, ...] = get_args(NewRows)
-
-_ROWS = ".router.scorer.rows"
 
 
 def growth_problems(
@@ -63,72 +62,78 @@ def keep_tuning(before: Path, plain: Path, out: Path, *, new_rows: NewRows) -> P
     Raises:
         BuildError: ``out`` cannot be written, or artefacts that ``new_rows`` needs are missing.
     """
-    import torch
-
     from composer.loading import load
     from composer.members import Members
-    from composer.tuned import write_tuned
+    from composer.tuned import write_grown
 
     old, new = Lock.read(before), Lock.read(plain)
     assert old.tuned is not None, "growth_problems() was empty"
-    model = load(plain)
-    parameters = dict(model.named_parameters())
-    joined = [expert.name for expert in new.experts if expert.name not in {e.name for e in old.experts}]
+    there = [expert.name for expert in old.experts]
+    joined = [expert.name for expert in new.experts if expert.name not in there]
     members = Members.open(plain, new, without=())
-    dtype = torch.float32
-    for name, tensor in _tuned(before, old):
-        dtype = tensor.dtype
-        target = parameters[name]
-        if name.endswith(_ROWS):
-            tensor = _grown(name, tensor, model, old, members, joined, new_rows)
-        with torch.no_grad():
-            target.copy_(tensor)
-    return write_tuned(
-        model,
-        out,
-        trained=old.tuned.trained,
-        text_owners=old.tuned.text_owners,
-        settings=old.tuned.settings,
-        dtype=dtype,
-    )
+    model = load(plain) if new_rows == "untuned" else None
+    rows: dict[str, dict[str, Tensor]] = {expert: {} for expert in joined}
+    for name, known in _known_rows(before, old).items():
+        for expert in joined:
+            rows[expert][name] = _new_row(name, known, model, members, expert, new_rows).to(_dtype(known))
+    others = {"untuned": [], "embedding": there, "statistics": [e.name for e in new.experts]}[new_rows]
+    beside = {expert: [name for name in others if name != expert] for expert in joined}
+    return write_grown(before, plain, out, old.tuned, rows=rows, beside=beside, new_rows=new_rows)
 
 
-def _tuned(folder: Path, lock: Lock) -> list[tuple[str, Tensor]]:
+def _known_rows(folder: Path, lock: Lock) -> dict[str, dict[str, Tensor]]:
+    """Return every router's rows ``(d,)`` by the name of the parameter and the expert, or ``anchor``."""
     from safetensors.torch import load_file
 
+    from composer.tuned import ROWS
+
     assert lock.tuned is not None
-    files = [folder / TUNED_FOLDER / entry.path for entry in lock.tuned.files]
-    return [item for path in files for item in load_file(path).items()]
+    later = {rows.expert: rows.file for rows in lock.tuned.grown}
+    first = [expert.name for expert in lock.experts if expert.name not in later]
+    found: dict[str, dict[str, Tensor]] = {}
+    for entry in lock.tuned.files:
+        for name, tensor in load_file(folder / TUNED_FOLDER / entry.path).items():
+            if name.endswith(ROWS):
+                with_anchor = ["anchor"] * (len(tensor) - len(first))
+                found[name] = dict(zip([*with_anchor, *first], tensor, strict=True))
+    for expert, entry in later.items():
+        for name, row in load_file(folder / TUNED_FOLDER / entry.path).items():
+            found[name][expert] = row
+    return found
 
 
-def _grown(
+def _dtype(known: Mapping[str, Tensor]) -> torch.dtype:
+    return next(iter(known.values())).dtype
+
+
+def _new_row(
     name: str,
-    tuned: Tensor,
-    model: ComposedForCausalLM,
-    old: Lock,
+    known: Mapping[str, Tensor],
+    model: ComposedForCausalLM | None,
     members: Members,
-    joined: Sequence[str],
+    expert: str,
     new_rows: NewRows,
 ) -> Tensor:
-    """Return one router's rows ``(n, d)``: the tuned ones by expert, and new ones."""
+    """Return an expert's row ``(d,)`` of one router.
+
+    Args:
+        name: Of the router's rows in the model.
+        known: Rows of those who are there.
+        model: The untuned composition with the expert, where its row is wanted.
+        members: Everybody, with their artefacts.
+        expert: Who joins.
+        new_rows: What the row starts from.
+    """
     import torch
 
-    scorer: Any = model.get_submodule(name.removesuffix(".rows"))
-    ids = {expert: number for number, expert in enumerate(model.expert_names, start=1)}
-    with_anchor = 0 in scorer.position
-    before = (["anchor"] if with_anchor else []) + [expert.name for expert in old.experts]
-    known = dict(zip(before, tuned.float(), strict=True))
-    rows: Tensor = scorer.rows.detach().float().clone()
-    for expert, row in known.items():
-        rows[scorer.position[0 if expert == "anchor" else ids[expert]]] = row
-    for expert in joined:
-        if new_rows == "embedding":
-            rows[scorer.position[ids[expert]]] = torch.from_numpy(_by_embedding(members, known, expert))
-        elif new_rows == "statistics":
-            rows[scorer.position[ids[expert]]] = torch.from_numpy(
-                _by_statistics(members, name, known, expert)
-            )
-    return rows
+    if model is not None:
+        scorer: Any = model.get_submodule(name.removesuffix(".rows"))
+        row: Tensor = scorer.rows.detach()[scorer.position[model.expert_names.index(expert) + 1]]
+        return row.clone()
+    wide = {who: row.float() for who, row in known.items()}
+    if new_rows == "embedding":
+        return torch.from_numpy(_by_embedding(members, wide, expert))
+    return torch.from_numpy(_by_statistics(members, name, wide, expert))
 
 
 def projected_row(embeddings: Any, rows: Any, new: Any, *, ridge: float = 0.1) -> Any:

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from composer.editing import add_experts
+from composer.editing import add_experts, plan_change, remove_experts
 from composer.loading import load
 from composer.lock import Lock
 from composer.tuned import write_tuned
 from composer.upcycling.growth import projected_row
+from composer.verify import verify_optout
 from experts.errors import BuildError, PlanError
 from experts.routing_artifacts import EmbeddingInfo, RoutingArtifacts, RoutingInfo
 
@@ -35,6 +36,8 @@ def registry(pico: Any) -> Any:
         raw = pico.write_dense(pico.scratch("raw"), seed=seed)
         artifacts = RoutingArtifacts(info=info, tensors=tensors)
         registry.register(pico.pack(raw, name=f"{owner}/known", artifacts=artifacts))
+        if owner == "acme":
+            registry.register(pico.pack(raw, name="acme/again", artifacts=artifacts))
     return registry
 
 
@@ -42,17 +45,17 @@ def registry(pico: Any) -> Any:
 def tuned(pico: Any, registry: Any) -> Callable[..., Path]:
     """A fresh copy of a composition of bob and zoe whose routers, and trunk if asked, were changed."""
 
-    def make(trained: Any = "routers", upcycle: Any = FROZEN) -> Path:
-        manifest = pico.manifest(
-            "dense",
-            recipe="btx",
-            experts=("bob/known", "zoe/known"),
-            upcycle={**upcycle, "seed_expert": False},
-        )
+    def make(
+        trained: Any = "routers", recipe: str = "btx", kv: str | None = None, seed: bool = False
+    ) -> Path:
+        upcycle = {**FROZEN, "seed_expert": seed, **({"attention": {"kv": kv}} if kv else {})}
+        manifest = pico.manifest("dense", recipe=recipe, experts=("bob/known", "zoe/known"), upcycle=upcycle)
         model = load(pico.compose(manifest, registry=registry))
         with torch.no_grad():
             for layer in model.base.model.layers:
                 layer.mlp.router.scorer.rows.mul_(3.0)
+                if recipe == "bam":
+                    layer.self_attn.router.scorer.rows.mul_(2.0)
             model.base.model.norm.weight.mul_(1.5 if trained != "routers" else 1.0)
         settings = {"trained": trained, "text_owners": [], "settings": {"steps": 3}, "dtype": torch.float32}
         return write_tuned(model, pico.scratch("tuned"), **settings)
@@ -62,8 +65,8 @@ def tuned(pico: Any, registry: Any) -> Callable[..., Path]:
     )
 
 
-def _rows(model: Any, layer: int = 2) -> dict[str, torch.Tensor]:
-    scorer = model.base.model.layers[layer].mlp.router.scorer
+def _rows(model: Any, layer: int = 2, module: str = "mlp") -> dict[str, torch.Tensor]:
+    scorer = getattr(model.base.model.layers[layer], module).router.scorer
     return {name: scorer.rows[scorer.position[i]] for i, name in enumerate(model.expert_names, start=1)}
 
 
@@ -87,7 +90,8 @@ def test_tuned_rows_stay_with_their_experts(tuned: Any, registry: Any, pico: Any
     assert torch.equal(after["acme/known"], _rows(plain)["acme/known"])
     lock = Lock.read(folder)
     assert lock.tuned is not None
-    assert (lock.optout_class, lock.tuned.owners) == ("retrain", ("acme", "bob", "zoe"))
+    assert (lock.optout_class, lock.tuned.owners) == ("retrain", ("bob", "zoe"))
+    assert lock.lineage["tuned/rows-acme--known.safetensors"] == ("acme",)
     assert (lock.tuned.trained, lock.tuned.settings) == ("routers", {"steps": 3})
     # leaving anybody out gives the composition from before the tuning
     ids = pico.prompts()
@@ -102,6 +106,116 @@ def test_a_tuned_trunk_stays(tuned: Any, registry: Any) -> None:
     expected = load(folder).base.model.norm.weight
     *_, model = _grown(folder, registry, "untuned")
     assert torch.equal(model.base.model.norm.weight, expected)
+
+
+BAM = [("own", False), ("shared", True)]
+
+
+@pytest.mark.parametrize("new_rows", ["untuned", "embedding", "statistics"])
+@pytest.mark.parametrize(("kv", "seed"), BAM, ids=["own", "shared with the seed"])
+def test_both_routers_of_bam_get_their_row(
+    tuned: Any, registry: Any, pico: Any, new_rows: Any, kv: str, seed: bool
+) -> None:
+    folder = tuned("trunk", "bam", kv, seed)
+    before = load(folder)
+    add_experts(folder, ["acme/known"], registry=registry, new_rows=new_rows)
+    model = load(folder)
+    acme = pico.artifacts(seed=1, layers=range(4), gate_layer=0, inputs=True)
+    others = [pico.artifacts(seed=n, layers=range(4), gate_layer=0, inputs=True) for n in (2, 3)]
+    for branch, module in (("ffn", "mlp"), ("attention", "self_attn")):
+        old, new = (_rows(m, module=module) for m in (before, model))
+        assert torch.equal(old["bob/known"], new["bob/known"])
+        assert torch.equal(old["zoe/known"], new["zoe/known"])
+        row = new["acme/known"].double().numpy()
+        if new_rows == "untuned":
+            fresh = pico.manifest(
+                "dense", recipe="bam", experts=tuple(new), upcycle={**FROZEN, "attention": {"kv": kv}}
+            )
+            plain = load(pico.compose(fresh, registry=registry))
+            assert torch.equal(new["acme/known"], _rows(plain, module=module)["acme/known"])
+        elif new_rows == "embedding":
+            shares = _shares()
+            expected = sum(share * old[name].double().numpy() for name, share in shares.items())
+            np.testing.assert_allclose(row, expected, atol=1e-5)
+        else:
+            ours = row @ acme.inputs(2, branch).mean
+            assert ours > max(row @ other.inputs(2, branch).mean for other in others)
+    with torch.inference_mode():
+        assert model(pico.prompts()).logits.isfinite().all()
+
+
+def _shares() -> dict[str, float]:
+    """What the two known rows have in the projected one, by the primal form of the least squares."""
+    known = np.array([EMBEDDINGS["bob"], EMBEDDINGS["zoe"]])
+    known /= np.linalg.norm(known, axis=1, keepdims=True)
+    new = np.array(EMBEDDINGS["acme"]) / np.linalg.norm(EMBEDDINGS["acme"])
+    bob, zoe = new @ np.linalg.solve(known.T @ known + 0.1 * np.eye(3), known.T)
+    return {"bob/known": bob, "zoe/known": zoe}
+
+
+def _content(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kv", "seed"), [("btx", None, False), ("bam", "own", False), ("bam", "shared", True)]
+)
+def test_whoever_joined_afterwards_leaves_the_state_before(
+    tuned: Any, registry: Any, pico: Any, recipe: str, kv: Any, seed: bool
+) -> None:
+    """By removal byte for byte, at load bit for bit, in a request as that request's expert set has it."""
+    folder = tuned("trunk", recipe, kv, seed)
+    before, ids = _content(folder), pico.prompts()
+    with torch.inference_mode():
+        expected = load(folder)(ids).logits
+        add_experts(folder, ["acme/known"], registry=registry, new_rows="embedding")
+        grown = load(folder, verify=True)
+        assert not torch.allclose(grown(ids).logits, expected, atol=1e-3)
+        assert torch.equal(load(folder, opt_out={"acme"})(ids).logits, expected)
+        torch.testing.assert_close(grown(ids, opt_out={"acme"}).logits, expected, atol=1e-5, rtol=0)
+        # of those who were there when it was tuned, the tuned weights hold something
+        with_acme = load(folder, opt_out={"bob"})(ids).logits
+        torch.testing.assert_close(grown(ids, opt_out={"bob"}).logits, with_acme, atol=1e-5, rtol=0)
+        twice = load(folder, opt_out={"acme"})
+        never = load(folder, opt_out={"acme", "bob"})(ids).logits
+        torch.testing.assert_close(twice(ids, opt_out={"bob"}).logits, never, atol=1e-5, rtol=0)
+    if recipe == "btx":
+        assert [row.passed for row in verify_optout(folder, owner="acme")] == [True] * 3
+    change = remove_experts(folder, ["acme"])
+    assert change.warnings == ()
+    assert _content(folder) == before
+
+
+def test_rows_that_were_made_of_others_do_not_outlive_them(tuned: Any, registry: Any) -> None:
+    """A row projected from acme's holds something of acme, so acme's leaving ends what was tuned."""
+    folder = tuned()
+    add_experts(folder, ["acme/known"], registry=registry, new_rows="embedding")
+    first = _rows(load(folder))
+    add_experts(folder, ["acme/again"], registry=registry, new_rows="embedding")
+    assert torch.equal(_rows(load(folder))["acme/known"], first["acme/known"])
+    change = plan_change(folder, remove=["acme/known"])
+    assert change.warnings == (
+        "The folder was tuned; the changed one has the weights from before. Tune it again.",
+    )
+    assert plan_change(folder, remove=["acme/again"]).warnings == ()
+    assert plan_change(folder, remove=["acme"]).warnings == ()  # both at once
+    remove_experts(folder, ["acme/again"])
+    assert torch.equal(_rows(load(folder))["acme/known"], first["acme/known"])
+
+
+def test_a_grown_mixture_is_exported(tuned: Any, registry: Any, pico: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from composer.export.exporting import export, plan_export
+
+    folder = tuned()
+    add_experts(folder, ["acme/known"], registry=registry, new_rows="embedding")
+    out = export(plan_export(folder, "mixtral"), pico.scratch("stock"))
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(out)(pico.prompts()).logits
+        torch.testing.assert_close(found, load(folder)(pico.prompts()).logits, atol=1e-5, rtol=0)
 
 
 def test_a_row_from_the_embedding(tuned: Any, registry: Any) -> None:
