@@ -17,10 +17,13 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-# one process for all: each would import torch, transformers and mergekit anew
+# one process for all: each would import torch, transformers and mergekit anew. Every measurement begins with a garbage
+# collection, which need not go through these again and again
 _RUN = """
+import gc
 import runpy
 import sys
+gc.callbacks.append(lambda phase, info: gc.freeze() if phase == "stop" and info["generation"] == 2 else None)
 folder, work, *names = sys.argv[1:]
 sys.path.insert(0, folder)
 for name in names:
