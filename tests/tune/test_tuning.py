@@ -296,5 +296,7 @@ class TestRefused:
     def test_an_export_to_another_family(self, tuned: dict[str, Path]) -> None:
         from composer.export.exporting import plan_export
 
-        with pytest.raises(BuildError, match="the base is of the family 'llama', FlexOlmo is exact for olmo2"):
+        with pytest.raises(
+            BuildError, match="the base is of the family 'llama', FlexOlmo is exact for olmo2"
+        ):
             plan_export(tuned["routers"], to="flex_olmo")
