@@ -194,3 +194,21 @@ def test_attention_implementations_reach_every_expert(folder: Any, ids: torch.Te
         eager, sdpa = (load(path, attn_implementation=name)(ids).logits for name in ("eager", "sdpa"))
     assert not torch.equal(eager, sdpa)
     torch.testing.assert_close(eager, sdpa, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("upcycle", [OWN, SHARED], ids=["own", "shared"])
+def test_padded_rows_with_owners_of_their_own(folder: Any, ids: torch.Tensor, upcycle: Any) -> None:
+    """A padded row of a batch, without some owners, continues as it does alone in the model they never joined."""
+    path = folder("bam", family="mistral", upcycle={**upcycle, "trunk": "frozen"})
+    whole, pad = load(path), 7
+    mask = torch.ones_like(ids[:2])
+    mask[1, :pad] = 0
+    settings: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    left_out: list[set[str]] = [set(), {"acme", "zoe"}]
+    both = whole.generate(ids[:2], attention_mask=mask, opt_out=left_out, **settings)
+    for row, (skipped, owners) in enumerate(zip((0, pad), left_out, strict=True)):
+        alone = ids[row : row + 1, skipped:]
+        expected = load(path, opt_out=owners).generate(
+            alone, attention_mask=torch.ones_like(alone), **settings
+        )
+        assert torch.equal(both[row, skipped:], expected[0])
