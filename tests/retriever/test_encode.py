@@ -256,18 +256,30 @@ def test_a_model_of_another_process_encodes_alike(retrievers: Any, texts: list[s
 
 
 @pytest.mark.slow
-def test_a_pool_of_processes_encodes_alike(retrievers: Any, texts: list[str]) -> None:
+@pytest.mark.parametrize("stock", [False, True], ids=["composer.load", "SentenceTransformer"])
+def test_a_pool_of_processes_encodes_alike(retrievers: Any, texts: list[str], stock: bool) -> None:
+    """Also with the class of sentence-transformers, which takes one set of owners for all texts."""
+    from sentence_transformers import SentenceTransformer
+
+    import composer.hf  # noqa: F401
     from composer.loading import load
 
-    model = load(retrievers.folder())
-    expected = model.encode_query(texts), model.encode_query(texts, opt_out=[{"acme"}, set()] * 6)
+    folder = str(retrievers.folder())
+    model = SentenceTransformer(folder, device="cpu", local_files_only=True) if stock else load(folder)
+    gone: Any = {"acme"} if stock else [{"acme"}, set()] * 6
+    calls: list[dict[str, Any]] = [{}, {"opt_out": gone}]
+    expected = [model.encode_query(texts, **call) for call in calls]
+    documents = model.encode_document(texts)
     pool = model.start_multi_process_pool(["cpu", "cpu"])
     try:
-        assert np.abs(model.encode_query(texts, pool=pool, chunk_size=4) - expected[0]).max() < 1e-5
-        found = model.encode_query(texts, pool=pool, chunk_size=4, opt_out=[{"acme"}, set()] * 6)
-        assert np.abs(found - expected[1]).max() < 1e-5
+        for call, vectors in zip(calls, expected, strict=True):
+            found = model.encode_query(texts, pool=pool, chunk_size=4, **call)
+            assert np.abs(found - vectors).max() < 1e-5
+        assert np.abs(model.encode_document(texts, pool=pool, chunk_size=4) - documents).max() < 1e-5
     finally:
         model.stop_multi_process_pool(pool)
+    assert np.abs(expected[0] - expected[1]).max() > 1e-3
+    assert np.abs(expected[0] - documents).max() > 1e-3
 
 
 def test_the_stock_settings_are_the_bases(retrievers: Any) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
 import threading
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -432,6 +434,11 @@ def test_the_stock_class_loads_the_folder(owners: Owners, texts: list[str]) -> N
 
     stock = SentenceTransformer(str(owners.folder()), device="cpu", local_files_only=True)
     assert np.array_equal(stock.encode_query(texts), owners.model().encode_query(texts))
+
+
+def test_a_model_of_another_process_encodes_alike(owners: Owners, texts: list[str]) -> None:
+    sent = ForkingPickler.loads(bytes(ForkingPickler.dumps(copy.copy(owners.model()))))
+    assert np.array_equal(sent.encode_query(texts), owners.model().encode_query(texts))
 
 
 def test_a_state_of_the_lower_layers_is_of_no_use_to_it(owners: Owners, retrievers: Any) -> None:
