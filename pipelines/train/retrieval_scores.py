@@ -76,6 +76,10 @@ class ScoreTable:
         self._columns: dict[str, Array] = self._read()
         self._vectors: Array | None = None
 
+    def __contains__(self, name: str) -> bool:
+        """Whether an expert has been measured."""
+        return name in self._columns
+
     def add_base(self, encode: Encode, documents: NDArray[np.floating[Any]]) -> int:
         """Take the base's vectors of the queries, and measure it; see `add`."""
         self._vectors = np.asarray(encode(self.queries), dtype=np.float64)

@@ -449,6 +449,47 @@ def test_jobs_train_and_register_like_any_other(
     assert again[0].folder == outcome.folder  # nothing is trained twice
 
 
+def test_owners_score_each_other_and_an_expert_who_joins_is_scored_alone(
+    job: Callable[..., DomainJob], pico: Any, tmp_path: Path
+) -> None:
+    """Whoever publishes scores can be routed by pilots; the next expert costs each owner a column and no more."""
+    from composer import Manifest, plan
+    from pipelines.train.score_experts import score_experts
+    from registry import Registry
+
+    registry = Registry(tmp_path / "registry")
+    registry.add_base(pico.embedder(), name="embedder")
+    made = job(base="embedder", steps=2, retrieval={"label": 0.3, "min_group": 3})
+    (outcome,) = train_jobs([made], out_dir=tmp_path / "out", registry=registry, runner="local")
+    registry.register(outcome.folder)
+    for seed, owner in enumerate(("bob", "cleo")):
+        raw = pico.write_retriever(pico.scratch("raw"), seed=seed)
+        artifacts = pico.retrieval_artifacts(1)
+        registry.register(pico.pack_retriever(raw, name=f"{owner}/search", artifacts=artifacts))
+    first = score_experts(made, registry=registry, experts=["bob/search"], out=tmp_path / "scored")
+    info = read_package(first.folder).routing.retrieval
+    assert (info.scores.experts, info.scores.split) == (("acme/search", "bob/search"), "heldout")
+    assert first.measured == 3 * info.scores.queries  # the base's, acme's and bob's
+    assert info.scores.queries // info.scores.rows >= info.min_group == 3
+    both = ["bob/search", "cleo/search"]
+    more = score_experts(made, registry=registry, experts=both, out=tmp_path / "more")
+    assert more.measured == info.scores.queries
+    shutil.rmtree(made.directory)
+    scratch = score_experts(made, registry=registry, experts=both[::-1], out=tmp_path / "scratch")
+    assert scratch.measured == 4 * info.scores.queries
+    for name in ("routing.safetensors", "card.json"):
+        assert (scratch.folder / name).read_bytes() == (more.folder / name).read_bytes()
+    registry.register(more.folder)
+    manifest = {
+        "name": "pilots",
+        "recipe": "router_retriever",
+        "base": "embedder",
+        "experts": ["acme/search"],
+        "router": {"scorer": "pilot_mean", "min_group": 1},
+    }
+    assert plan(Manifest.from_dict(manifest), registry).optout_class == "exact"
+
+
 def test_the_sealed_task_trains_from_plain_text(
     job: Callable[..., DomainJob], base: ResolvedBase, tmp_path: Path
 ) -> None:
