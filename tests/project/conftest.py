@@ -115,7 +115,7 @@ def workplace(pico: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder such as a reader of the documents has after `make demo`, on a pico model; never to be changed.
 
     Holds ``smollm2`` (the base), ``examples`` with text, ``demo-out`` with registry, experts and composed folder,
-    ``adapter`` (a PEFT folder) and ``law.jsonl``.
+    ``adapter`` (a PEFT folder), ``law.jsonl``, ``retriever`` (a composed one) and ``manuals.jsonl``.
     """
     folder = tmp_path_factory.mktemp("documents")
     shutil.copytree(pico.base(), folder / "smollm2")
@@ -131,6 +131,7 @@ def workplace(pico: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(folder / "demo-out" / "experts" / "lawfirm" / "licences", folder / "adapter")
     for name in ("card.json", "routing.safetensors"):
         (folder / "adapter" / name).unlink()
+    _make_retriever(folder, pico)
     return folder
 
 
@@ -144,6 +145,33 @@ def _shorten_jobs(folder: Path, *, coordination: str) -> None:
         }.items():
             text = re.sub(rf"^{field}: \w+", f"{field}: {value}", text, flags=re.M)
         (folder / "examples" / "jobs" / job.name).write_text(text)
+
+
+def _make_retriever(folder: Path, pico: Any) -> None:
+    """Compose two owners' retrievers on the pico embedder, and write documents of theirs to search in."""
+    from composer import Manifest, build, plan
+    from registry import Registry
+
+    store = Registry(pico.scratch("registry"))
+    store.add_base(pico.embedder(), name="embedder")
+    documents = []
+    for seed, owner in enumerate(("hospital", "softhouse"), start=1):
+        raw = pico.write_retriever(pico.scratch("raw"), seed=seed)
+        artifacts = pico.retrieval_artifacts(seed)
+        store.register(pico.pack_retriever(raw, name=f"{owner}/search", artifacts=artifacts))
+        texts = enumerate(pico.domain_texts(seed, count=4))
+        documents += [{"_id": f"{owner}-{n}", "text": text, "owner": owner} for n, text in texts]
+    manifest = Manifest.from_dict(
+        {
+            "name": "retriever",
+            "recipe": "router_retriever",
+            "base": "embedder",
+            "experts": ["hospital/search", "softhouse/search"],
+        }
+    )
+    build(plan(manifest, store), folder / "retriever", registry=store)
+    lines = (json.dumps(document) + "\n" for document in documents)
+    (folder / "manuals.jsonl").write_text("".join(lines))
 
 
 def _make_demo(folder: Path) -> None:
