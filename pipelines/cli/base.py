@@ -234,6 +234,14 @@ def public_routing(
     rows: Annotated[
         bool, typer.Option("--rows", help="Also make a public router row for each of these layers.")
     ] = False,
+    inputs: Annotated[
+        bool,
+        typer.Option(
+            "--inputs",
+            help="Also sum up what the routers of whole models read, for the scorer dume; see 'coterie expert "
+            "statistics'.",
+        ),
+    ] = False,
     embedder: Annotated[
         Path | None,
         typer.Option(
@@ -267,7 +275,9 @@ def public_routing(
     if source is not None:
         record = _attach(store, name, source)
     else:
-        record = _compute(store, name, text or [], layers=layers, rows=rows, embedder=embedder, seed=seed)
+        record = _compute(
+            store, name, text or [], layers=layers, rows=rows, inputs=inputs, embedder=embedder, seed=seed
+        )
     if as_json:
         print_json(base_row(record))
         return
@@ -279,6 +289,8 @@ def _describe(record: BaseRecord) -> str:
     if record.routing and record.routing.statistics:
         statistics = record.routing.statistics
         parts.append(f"statistics of {human_count(statistics.tokens)} tokens at layer {statistics.layer}")
+    if record.routing and record.routing.inputs:
+        parts.append(f"sums of the router inputs of {len(record.routing.inputs.layers)} layers")
     if record.routing and record.routing.rows:
         parts.append(f"rows for {len(record.routing.rows.layers)} layers")
     if record.routing and record.routing.retrieval:
@@ -307,6 +319,7 @@ def _compute(
     *,
     layers: str,
     rows: bool,
+    inputs: bool,
     embedder: Path | None,
     seed: int,
 ) -> BaseRecord:
@@ -321,9 +334,9 @@ def _compute(
     documents = read_documents(text)
     described = store.base(name).description
     numbers = parse_layers(layers, num_layers=described.num_layers)
-    if described.embedding is not None and (rows or embedder is not None):
+    if described.embedding is not None and (rows or inputs or embedder is not None):
         raise CoterieError(
-            f"'{name}' is an embedding model: --rows and --embedder are for language models. Leave them out."
+            f"'{name}' is an embedding model: --rows, --inputs and --embedder are for language models. Leave them out."
         )
     with tempfile.TemporaryDirectory(prefix="coterie-routing-") as scratch, writing_to(Path(scratch)):
         out = Path(scratch) / "routing"
@@ -337,6 +350,7 @@ def _compute(
                 out=out,
                 layer=numbers[0],
                 rows_layers=numbers if rows else (),
+                inputs=inputs,
                 embedder=embedder,
                 seed=seed,
             )

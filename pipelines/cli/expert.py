@@ -6,7 +6,7 @@ Knows options and how to print a report; the arithmetic is in ``pipelines.compre
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import typer
 
@@ -16,6 +16,7 @@ from pipelines.cli.options import JsonOption, RegistryOption, complete_expert, e
 from pipelines.cli.output import human_bytes, print_fields, print_json, print_line, print_table
 from pipelines.cli.progress import count_bar
 from pipelines.cli.proxies import proxies
+from pipelines.cli.statistics import statistics
 from pipelines.cli.windows import domain_files
 
 if TYPE_CHECKING:
@@ -24,8 +25,29 @@ if TYPE_CHECKING:
 
 __all__ = ["group"]
 
+NewExpertFolder: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        metavar="DIR",
+        help="The folder to write, ready for 'coterie register'.",
+        file_okay=False,
+        show_default=False,
+    ),
+]
+NewNameOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--name",
+        metavar="OWNER/EXPERT",
+        help="Name of the result; by default the expert's own, in the next version (compress) or with -ffn or -lora "
+        "behind it (extract).",
+        show_default=False,
+    ),
+]
+
 group = typer.Typer(
-    help="Make a full expert low-rank; choose proxies for its text.",
+    help="Make experts low-rank, publish statistics, choose proxies.",
     no_args_is_help=True,
     rich_markup_mode=None,
     epilog=examples("coterie expert compress acme/contracts --rank auto --out small"),
@@ -37,6 +59,14 @@ group.command(
         "coterie expert proxies --data law.jsonl --public web.jsonl --count 500 --out proxies.jsonl"
     ),
 )(proxies)
+group.command(
+    "statistics",
+    epilog=examples(
+        "coterie expert statistics acme/whole --text own.jsonl --out with-statistics",
+        "coterie expert statistics trained/acme/whole --text own.jsonl --attention own --out with-statistics",
+        "coterie expert statistics acme/whole --text own.jsonl --embedder ./encoder --out with-statistics --json",
+    ),
+)(statistics)
 
 
 @group.command(
@@ -68,25 +98,8 @@ def compress(
             show_default=False,
         ),
     ],
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            metavar="DIR",
-            help="The folder to write, ready for 'coterie register'.",
-            file_okay=False,
-            show_default=False,
-        ),
-    ] = None,
-    name: Annotated[
-        str | None,
-        typer.Option(
-            "--name",
-            metavar="OWNER/EXPERT",
-            help="Name of the result; by default the expert's own, in the next version.",
-            show_default=False,
-        ),
-    ] = None,
+    out: NewExpertFolder = None,
+    name: NewNameOption = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -180,25 +193,8 @@ def extract(
         int | None,
         typer.Option("--rank", min=1, metavar="N", help="Rank of an adapter's matrices.", show_default=False),
     ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            metavar="DIR",
-            help="The folder to write, ready for 'coterie register'.",
-            file_okay=False,
-            show_default=False,
-        ),
-    ] = None,
-    name: Annotated[
-        str | None,
-        typer.Option(
-            "--name",
-            metavar="OWNER/EXPERT",
-            help="Name of the result; by default the model's own with -ffn or -lora behind it.",
-            show_default=False,
-        ),
-    ] = None,
+    out: NewExpertFolder = None,
+    name: NewNameOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report; write nothing.")] = False,
     registry: RegistryOption = None,
     as_json: JsonOption = False,

@@ -85,6 +85,7 @@ def public_routing(
     layer: int,
     normalization: Literal["none", "rms"] = "rms",
     rows_layers: Sequence[int] = (),
+    inputs: bool = False,
     embedder: Path | None = None,
     skip_first: bool = False,
     sequence_length: int = 128,
@@ -102,6 +103,7 @@ def public_routing(
         normalization: As the owners'.
         rows_layers: Also write a public row for each of these layers: the mean input of its FFN, or, with an
             embedder, the projected embedding.
+        inputs: Also sum up what the routers of whole models read, FFN's and attention's, in every layer.
         embedder: Folder of a SentenceTransformer; also write the text's mean embedding, which owners who start at
             an embedding are centred by. Theirs must be the same.
         skip_first: As the owners'.
@@ -149,7 +151,16 @@ def public_routing(
     tensors = statistics_tensors(total.total)
     tensors |= {f"row.{number}.weight": row.numpy() for number, row in rows.items()}
     tensors |= {} if embedding is None else {"embedding": embedding}
+    summed = None
+    if inputs:
+        from composer.upcycling.measuring import inputs_artifacts
+        from pipelines.train.router_inputs import sum_inputs
+
+        found = sum_inputs(model, ids, base=base.description, attention=True)
+        summed = inputs_artifacts(found, documents=chosen.documents)
+        tensors |= summed.tensors
     info = RoutingInfo(
+        inputs=None if summed is None else summed.info.inputs,
         statistics=StatisticsInfo(
             layer=layer,
             normalization=normalization,

@@ -190,6 +190,35 @@ def test_extract_needs_a_place_or_a_dry_run(run: Any, bare_base: Path, whole_mod
     assert outcome.err.startswith("Error: A low-rank expert needs --rank, a whole number from 1;")
 
 
+def test_statistics_make_a_router_that_needs_no_training(
+    run: Any, bare_base: Path, whole_model: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "own.txt"
+    text.write_text("the licensee shall hereby grant notice " * 40)
+    args = ("expert", "statistics", "acme/whole", "--text", text, "--sequence-length", "16")
+    outcome = run(*args, "--out", tmp_path / "out", registry=bare_base)
+    assert (outcome.code, outcome.err) == (0, "")
+    lines = outcome.out.splitlines()
+    assert lines[0].split(":")[1].strip() == "inputs of the ffn routers of 4 layers"
+    assert lines[-1].endswith("out: acme/whole@2, to be registered")
+    assert run("register", tmp_path / "out", registry=bare_base).code == 0
+    assert run("base", "public-routing", "pico", "--text", text, "--inputs", registry=bare_base).code == 0
+    manifest = tmp_path / "mixture.yaml"
+    manifest.write_text(
+        "name: mixture\nrecipe: btx\nbase: pico\nexperts: [acme/whole]\nrouter: {scorer: dume, top_k: 2}\n"
+    )
+    done = run("build", manifest, tmp_path / "composed", registry=bare_base)
+    assert done.code == 0, done.err
+    outcome = run(*args, "--attention", "own", "--out", tmp_path / "bam", "--json", registry=bare_base)
+    assert outcome.json["version"] == 3
+    assert outcome.json["routing"]["inputs"]["branches"] == ["ffn", "attention"]
+    refused = run(*args, "--embedder", tmp_path, "--out", tmp_path / "no", registry=bare_base)
+    assert (refused.code, refused.err) == (
+        2,
+        f"Error: --embedder '{tmp_path}' is not the folder of a SentenceTransformer (no modules.json in it).\n",
+    )
+
+
 @pytest.fixture
 def bare_base(run: Any, base_folder: Path, tmp_path: Path) -> Path:
     registry = tmp_path / "registry"

@@ -104,4 +104,7 @@ def test_public_queries(run: Any, pico: Any, empty: Path, tmp_path: Path) -> Non
     )
     refused = run("base", "public-routing", "embedder", "--text", text, "--rows", registry=empty)
     assert refused.code == 2
-    assert "'embedder' is an embedding model: --rows and --embedder are for language models." in refused.err
+    assert (
+        "'embedder' is an embedding model: --rows, --inputs and --embedder are for language models."
+        in refused.err
+    )

@@ -6,14 +6,12 @@ model is run on prompts is in `composer.upcycling.measuring`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
 
 from composer.routing.scorers.base import ScorerInputs, ScorerOptions
-from composer.routing.scorers.learned import LearnedScorer
-from experts.routing_artifacts import RoutingInfo
+from composer.routing.scorers.made import MadeScorer
 
 __all__ = ["PromptScorer"]
 
@@ -24,7 +22,7 @@ class PromptOptions(ScorerOptions):
     scale: float = 1.0
 
 
-class PromptScorer(LearnedScorer):
+class PromptScorer(MadeScorer):
     """Dot products with the experts' directions: ``s_e(h) = scale * (m_e - n_e - m_0) / |m_e - n_e - m_0| . h``.
 
     ``m_e`` is the mean over the tokens of an expert's positive prompts of the very states that the layer's router
@@ -35,21 +33,8 @@ class PromptScorer(LearnedScorer):
     """
 
     Options: ClassVar[type[ScorerOptions]] = PromptOptions
-    needs_artifacts = False
+    rows_name = "rows made of prompts"
     from_prompts = True
-
-    @classmethod
-    def problems(
-        cls,
-        *,
-        public: RoutingInfo | None,
-        experts: Mapping[str, tuple[RoutingInfo | None, Sequence[int]]],
-        layer: int | None,
-    ) -> list[str]:
-        """Nothing is asked of the owners' artefacts; `Scorer.problems`."""
-        if layer is None:
-            return []
-        return ["router.layer: rows made of prompts score every expert layer; leave it out"]
 
     @classmethod
     def make(cls, inputs: ScorerInputs, options: Any) -> Self:

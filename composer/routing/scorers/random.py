@@ -6,14 +6,12 @@ Every row follows from a seed and its expert's name, so it does not change with 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 
 from composer.routing.scorers.base import ScorerInputs, ScorerOptions
-from composer.routing.scorers.learned import LearnedScorer
-from experts.routing_artifacts import RoutingInfo
+from composer.routing.scorers.made import MadeScorer
 
 __all__ = ["RandomScorer"]
 
@@ -25,7 +23,7 @@ class RandomOptions(ScorerOptions):
     distribution: Literal["uniform", "normal"] = "uniform"
 
 
-class RandomScorer(LearnedScorer):
+class RandomScorer(MadeScorer):
     """Dot products with rows that are drawn: ``s_e(h) = r_e . h``.
 
     ``uniform`` draws from ``U(-1/sqrt(d), 1/sqrt(d))``, as linear layers start (He et al., arXiv 1502.01852, with
@@ -33,20 +31,7 @@ class RandomScorer(LearnedScorer):
     """
 
     Options: ClassVar[type[ScorerOptions]] = RandomOptions
-    needs_artifacts = False
-
-    @classmethod
-    def problems(
-        cls,
-        *,
-        public: RoutingInfo | None,
-        experts: Mapping[str, tuple[RoutingInfo | None, Sequence[int]]],
-        layer: int | None,
-    ) -> list[str]:
-        """Nothing is asked of the owners; `Scorer.problems`."""
-        if layer is None:
-            return []
-        return ["router.layer: random rows score every expert layer; leave it out"]
+    rows_name = "random rows"
 
     @classmethod
     def make(cls, inputs: ScorerInputs, options: Any) -> Self:
