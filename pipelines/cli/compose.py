@@ -166,8 +166,9 @@ def build_folder(
     if as_json:
         print_json({**planned.to_dict(), "out": str(folder), "copied": copy, "seconds": round(seconds, 3)})
         return
+    experts = f"{len(planned.experts)} expert{'s' if len(planned.experts) != 1 else ''}"
     print_line(
-        f"Built {folder}: {len(planned.experts)} experts of {', '.join(planned.owners)} on {planned.base.name}, "
+        f"Built {folder}: {experts} of {', '.join(planned.owners)} on {planned.base.name}, "
         f"{human_bytes(planned.bytes)} {'copied' if copy else 'linked'} in {seconds:.2f} s."
     )
 
