@@ -290,7 +290,10 @@ def never(pico: Any, case: Case, absent: str) -> ComposedForCausalLM:
     """The model that ``absent`` never joined: planned and built from a manifest without their name; shared."""
     manifest = pico.manifest(**case.settings)
     kept = [entry.ref for entry in manifest.experts if not entry.ref.startswith(f"{absent}/")]
-    return pico.loaded(**case.settings, experts=kept)
+    top_k = min(
+        manifest.router.top_k, len(kept) + 1
+    )  # a manifest may not ask for more than it lists and the anchor
+    return pico.loaded(**{**case.settings, "top_k": top_k}, experts=kept)
 
 
 @pytest.fixture
