@@ -4,7 +4,8 @@
 R1    documents are the base's bits, whatever experts, sets and training    test_encode, test_folder, test_full_encoder;
                                                                             train/test_retriever
 R2    left out in a request == built without, bit for bit; all out == base  test_optout, test_full_encoder
-R3    taken out, never in, turned round, put in again: equal bytes          test_folder, test_router, test_full_encoder
+R3    taken out, never in, turned round, put in again: equal bytes          test_folder, test_router, test_full_encoder;
+                                                                            train/test_retrieval_scores
 R4    no byte of an owner is left                                           test_folder, test_full_encoder
 R5    a left-out expert's file may be missing; it is never evaluated        test_optout, test_full_encoder
 R6    a request widens only; unknown owners, stock models: errors           test_optout
@@ -12,8 +13,9 @@ R7    rows with sets of their own == each alone                             test
 R8    queries differ from documents after saving and loading                test_folder
 R9    the mean over pilots == one product an expert                         test_router
 R10   ranking by fused scores == by the fused vector                        test_encode
-R11   the order of experts changes no route                                 test_router
-R12   train, label and test queries are disjoint                            train/test_retriever
+R11   the order of experts changes no route                                 test_router, test_labelling
+R12   train, label and test queries are disjoint                            train/test_retriever,
+                                                                            train/test_retrieval_scores
 R13   slot 0 == base; mixed == separate, bit for bit                        test_stacked
 R14   threads with different experts: no wrong row (control: PEFT)          test_stacked, test_full_encoder
 R15   one pass: the state is the base's, routes == two passes', counted     test_encode

@@ -23,10 +23,10 @@ QUALITY = np.array([[1.0, 0.5, 0.2], [0.7, 0.7, 0.1], [0.3, 0.3, 0.3], [0.1, 0.4
         ("drop", [[1, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 1]]),
     ],
 )
-def test_ties(ties: Any, expected: list[list[float]]) -> None:
+def test_r11_ties(ties: Any, expected: list[list[float]]) -> None:
     shares = label_shares(QUALITY, EXPERTS, ties=ties, own="bob/b")
     assert np.allclose(shares, expected)
-    for order in itertools.permutations(range(3)):  # R11
+    for order in itertools.permutations(range(3)):
         turned = label_shares(QUALITY[:, order], [EXPERTS[i] for i in order], ties=ties, own="bob/b")
         assert np.array_equal(turned, shares[:, order])
 
