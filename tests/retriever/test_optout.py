@@ -111,7 +111,7 @@ def test_r5_nothing_of_a_left_out_owner_is_multiplied(
     router = poisoned[0].model.engine.router
     facts = list(router.facts)
     bad = facts[slot - 1]
-    labels = replace(bad.labels, vectors=bad.labels.vectors * np.nan)
+    labels = bad.labels and replace(bad.labels, vectors=bad.labels.vectors * np.nan)
     facts[slot - 1] = replace(
         bad, sum=bad.sum * np.nan, scatter=bad.scatter * np.nan, count=np.nan, labels=labels
     )
