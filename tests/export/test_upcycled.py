@@ -57,7 +57,6 @@ def _same(stock: Any, pico: Any, folder: Path, target: str, **options: Any) -> P
 
 UPCYCLED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "merged": ("llama", "mixtral", {"upcycle": MERGED}),
-    "merged without the base": ("qwen3", "qwen3_moe", {"upcycle": {"seed_expert": False}}),
     "frozen": ("olmo2", "flex_olmo", {"upcycle": {"trunk": "frozen"}}),
     "ties": ("llama", "mixtral", {"upcycle": {"trunk": {"method": "ties", "parameters": {"density": 0.5}}}}),
     "copies": (

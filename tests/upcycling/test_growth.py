@@ -108,11 +108,10 @@ def test_a_tuned_trunk_stays(tuned: Any, registry: Any) -> None:
     assert torch.equal(model.base.model.norm.weight, expected)
 
 
-BAM = [("own", False), ("shared", True)]
-
-
-@pytest.mark.parametrize("new_rows", ["untuned", "embedding", "statistics"])
-@pytest.mark.parametrize(("kv", "seed"), BAM, ids=["own", "shared with the seed"])
+@pytest.mark.parametrize(
+    ("new_rows", "kv", "seed"),
+    [("untuned", "own", False), ("embedding", "shared", True), ("statistics", "own", False)],
+)
 def test_both_routers_of_bam_get_their_row(
     tuned: Any, registry: Any, pico: Any, new_rows: Any, kv: str, seed: bool
 ) -> None:
