@@ -13,7 +13,7 @@ import typer
 from pipelines.cli.errors import writing_to
 from pipelines.cli.loading import OptionError, quiet_transformers
 from pipelines.cli.options import JsonOption, RegistryOption, complete_expert, examples, open_registry
-from pipelines.cli.output import human_bytes, print_fields, print_json, print_line, print_table
+from pipelines.cli.output import human_bytes, note, print_fields, print_json, print_line, print_table
 from pipelines.cli.progress import count_bar
 from pipelines.cli.proxies import proxies
 from pipelines.cli.statistics import statistics
@@ -153,6 +153,10 @@ def compress(
             sequence_length=sequence_length,
             max_tokens=max_tokens or None,
             progress=progress,
+        )
+    if done.report.bytes_after >= done.report.bytes_before:
+        note(
+            f"Note: at this rank the expert takes {_share(done.report):.0%} of the full one's bytes; lower it."
         )
     if as_json:
         print_json(_plain(done, out))

@@ -86,6 +86,16 @@ def test_compress_register_and_add(
     assert replaced == {"acme/full@1": "acme/full@2"}
 
 
+def test_a_rank_that_saves_nothing(run: Any, stocked: Path) -> None:
+    outcome = run("expert", "compress", "acme/full", "--rank", "32", "--dry-run", "--json", registry=stocked)
+    share = outcome.json["bytes_after"] / outcome.json["bytes_before"]
+    assert (outcome.code, outcome.err) == (
+        0,
+        f"Note: at this rank the expert takes {share:.0%} of the full one's bytes; lower it.\n",
+    )
+    assert share > 1.5
+
+
 def test_json_dry_run(run: Any, stocked: Path, tmp_path: Path) -> None:
     outcome = run(
         "expert", "compress", "acme/full", "--rank", "auto", "--dry-run", "--json", registry=stocked
