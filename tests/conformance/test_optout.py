@@ -124,6 +124,10 @@ def test_u12_experts_that_change_nothing_give_the_base(
 ) -> None:
     """F9: adapters with B = 0 and copies of the base's FFN, under any router whose weights sum to 1."""
     router = {**case.router, "normalize": True}
+    if (
+        "top_k" in router
+    ):  # two experts are listed, and a manifest may not ask for more than them and the anchor
+        router["top_k"] = min(router["top_k"], 3)
     names = {
         "low_rank": ("acme/zero", "bob/zero"),
         "stacked": ("acme/copy", "bob/copy"),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator  # noqa: F401 - before the processes are forked, which would import it each
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 import composer
@@ -45,6 +45,9 @@ def _process(rank: int, port: int, model: Any, ids: torch.Tensor, out: Path) -> 
         "MASTER_PORT": str(port),
         "ACCELERATE_USE_CPU": "true",
     }
+    AcceleratorState._reset_state(
+        reset_partial_state=True
+    )  # what the parent may have found out before the fork
     devices = find_devices("auto", batch_size=len(ids))
     assert (devices.count, devices.is_main, devices.device.type) == (2, rank == 0, "cpu")
     found = _step(model, ids, micro_batch=1, devices=devices)
