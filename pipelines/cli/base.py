@@ -327,7 +327,7 @@ def _compute(
 
     from pipelines.train import public_routing as compute
     from pipelines.train.anchor import resolve_base
-    from pipelines.train.job import parse_layers
+    from pipelines.train.layer_choice import parse_layers
     from pipelines.train.retrieval_routing import query_routing
     from pipelines.train.windows import read_documents
 

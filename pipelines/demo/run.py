@@ -154,7 +154,7 @@ class _Demo:
     def _add_base(self) -> None:
         from pipelines.train import public_routing
         from pipelines.train.anchor import resolve_base
-        from pipelines.train.job import parse_layers
+        from pipelines.train.layer_choice import parse_layers
 
         name = self.inputs.base_name
         self.base = self.registry.add_base(self.inputs.anchor, name=name)

@@ -151,7 +151,7 @@ class World:
         registry.set_base_routing(BASE, folder, info)
 
     def _layers_of(self, record: BaseRecord) -> tuple[int, ...]:
-        from pipelines.train.job import parse_layers
+        from pipelines.train.layer_choice import parse_layers
 
         return parse_layers(self.experiment.layers, num_layers=record.description.num_layers)
 

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationInfo,
     field_validator,
@@ -26,103 +23,27 @@ from pydantic import (
 from experts.errors import CoterieError, ManifestError
 from experts.names import check_expert_name
 from experts.strict import load_yaml, validate
-from pipelines.train.retrieval_settings import (
-    LANGUAGE_FIELDS,
-    RetrievalSettings,
-    check_pair_sources,
-    with_retriever_defaults,
+from pipelines.train.job_card import card_settings
+from pipelines.train.job_checks import problems_together
+from pipelines.train.job_settings import (
+    AsSwitch,
+    BiasSettings,
+    CoordinationSettings,
+    Count,
+    Flag,
+    Integer,
+    JobSettings,
+    Number,
+    StatisticsSettings,
+    as_list,
+    as_switch,
 )
+from pipelines.train.layer_choice import layer_numbers, parse_layers
+from pipelines.train.retrieval_settings import RetrievalSettings, check_pair_sources, with_retriever_defaults
 
-__all__ = [
-    "BiasSettings",
-    "CoordinationSettings",
-    "DomainJob",
-    "NoiseSettings",
-    "StatisticsSettings",
-    "parse_layers",
-]
+__all__ = ["DomainJob", "check_text_files"]
 
-_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 _TEXT_ENDINGS = (".jsonl", ".txt")
-
-
-# YAML has numbers and booleans of its own: a string in their place is a mistake, not a spelling
-Integer = Annotated[int, Field(strict=True)]
-Number = Annotated[float, Field(strict=True)]
-Count = Annotated[int, Field(strict=True, gt=0)]
-Flag = Annotated[bool, Field(strict=True)]
-
-
-def _as_switch(value: object) -> object:
-    """``statistics: false`` is short for ``statistics: {enabled: false}``."""
-    return {"enabled": value} if isinstance(value, bool) else value
-
-
-def as_list(value: object) -> object:
-    return [value] if isinstance(value, str | Path) else value
-
-
-class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class NoiseSettings(_Settings):
-    """Gaussian noise on the statistics, so that they say little about any single document.
-
-    The guarantee is (epsilon, delta)-differential privacy of the statistics for one document replaced by another; it
-    is no guarantee for the expert's weights. It holds as long as the noise is secret: the key lies in ``workdir``.
-    """
-
-    epsilon: Number = Field(gt=0, le=50)
-    """The smaller, the more noise: about 1 is strict, 8 is mild."""
-    delta: Number = Field(default=1e-6, gt=0, lt=1)
-    """Must be below 1 / documents."""
-    release: Literal["mean", "moments"] = "mean"
-    """``mean``: publish only where the domain's mean lies, with the public covariance about it. ``moments``: the
-    covariance too, which needs a great many documents to be more than noise."""
-    clip: Number = Field(default=0.5, gt=0, le=2)
-    """How far a document's mean may lie from the public mean, relative to the length of states; beyond, it is moved
-    closer. Noise is in proportion to it."""
-    seed: Annotated[int, Field(strict=True, ge=0)] | None = None
-    """In the place of the secret key, to repeat an experiment. Whoever knows it can take the noise away."""
-
-
-class StatisticsSettings(_Settings):
-    """The additive statistics (n, sum of x, sum of x xT) of the anchor's states on the domain's text."""
-
-    enabled: Flag = True
-    """Publish them, so that builders can solve a router without any training. They are averages of the data."""
-    normalization: Literal["none", "rms"] = "rms"
-    """``rms``: divide each token's state by its root mean square first. The states of first tokens are tens of
-    times larger than all others; without this they dominate the covariance."""
-    skip_first: Flag = False
-    """Leave out the first position of every window. It sees no context, but it is what generation starts from,
-    so it is included by default."""
-    noise: NoiseSettings | None = None
-    """Differential privacy for the documents behind them, or the queries of a retriever; none by default. For language
-    models the base must publish statistics."""
-
-
-class BiasSettings(_Settings):
-    """The owner's router bias, never above zero: it tightens the domain's boundary against the public expert."""
-
-    enabled: Flag = True
-    """Train one per layer, where rows are trained."""
-    init: Number = Field(default=-0.1, lt=0)
-    """Starting value, below zero."""
-    form: Literal["softplus", "clamp"] = "softplus"
-    """``-softplus(raw)``, smooth everywhere, or the paper's ``min(raw, 0)``."""
-
-
-class CoordinationSettings(_Settings):
-    """Training inside a two-expert mixture with the frozen anchor (FlexOlmo, arXiv 2507.07024, section 3.2)."""
-
-    enabled: Flag = False
-    """Off by default: under a context router plain training measured better. Rows and biases exist only with it."""
-    router_z_loss: Number = Field(default=1e-3, ge=0)
-    """Weight of the mean squared log-partition of the router's logits."""
-    softmax_z_loss: Number = Field(default=1e-5, ge=0)
-    """Weight of the mean squared log-partition of the language model's logits."""
 
 
 _PAPER: Mapping[str, Any] = {
@@ -138,21 +59,7 @@ _PAPER: Mapping[str, Any] = {
 learning rate and number of steps are those of a 7B model, so they are left to the job."""
 
 
-_PARTIAL_FIELDS = (
-    "rank",
-    "alpha",
-    "cache_gigabytes",
-    "coordination",
-    "bias",
-    "row_init",
-    "row_centre",
-    "row_rotation",
-    "row_negatives",
-)
-"""Fields of a job that say nothing about a whole model."""
-
-
-class DomainJob(_Settings):
+class DomainJob(JobSettings):
     """A training job. Relative paths are relative to the job file."""
 
     preset: Literal["paper"] | None = None
@@ -224,11 +131,11 @@ class DomainJob(_Settings):
     cache_gigabytes: Number = Field(default=2.0, ge=0)
     """Memory for the states that enter the first trained layer; what does not fit is computed again."""
 
-    statistics: Annotated[StatisticsSettings, BeforeValidator(_as_switch)] = StatisticsSettings()
+    statistics: Annotated[StatisticsSettings, AsSwitch] = StatisticsSettings()
     """Additive statistics for a router that is solved, not trained."""
-    coordination: Annotated[CoordinationSettings, BeforeValidator(_as_switch)] = CoordinationSettings()
+    coordination: Annotated[CoordinationSettings, AsSwitch] = CoordinationSettings()
     """The paper's two-expert mixture."""
-    bias: Annotated[BiasSettings, BeforeValidator(_as_switch)] = BiasSettings()
+    bias: Annotated[BiasSettings, AsSwitch] = BiasSettings()
     """The owner's negative bias; needs ``coordination``."""
     row_init: str | Path = "anchor"
     """Where rows start: ``anchor`` (mean FFN input on the domain's text, per layer), ``random``, or the folder of
@@ -259,7 +166,7 @@ class DomainJob(_Settings):
             return data
         named = dict(_PAPER)
         for key in ("coordination", "bias"):
-            given = _as_switch(data.get(key, {}))
+            given = as_switch(data.get(key, {}))
             named[key] = {**named[key], **given} if isinstance(given, Mapping) else given
         return {**named, **data, **{key: named[key] for key in ("coordination", "bias")}}
 
@@ -293,7 +200,7 @@ class DomainJob(_Settings):
     @field_validator("layers")
     @classmethod
     def _check_layers(cls, value: str | tuple[int, ...]) -> str | tuple[int, ...]:
-        _layer_numbers(value, num_layers=1 << 16)
+        layer_numbers(value, num_layers=1 << 16)
         return value
 
     @field_validator("data", "public")
@@ -333,65 +240,9 @@ class DomainJob(_Settings):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        problems = []
-        if self.owner != self.name.partition("/")[0]:
-            problems.append(f"owner '{self.owner}' is not the owner in the name '{self.name}'; leave it out")
-        if self.public_fraction > 0 and not self.public:
-            problems.append(f"public_fraction is {self.public_fraction} but no public text is given")
-        if self.row_negatives > 0 and not (self.coordination.enabled and self.public_fraction > 0):
-            problems.append("row_negatives needs coordination and a public_fraction above 0")
-        if self.row_init == "random" and (self.row_centre or self.row_rotation is not None):
-            problems.append("row_centre and row_rotation change rows that say something; row_init is random")
-        problems += self._retrieval_problems() + self._dense_problems()
-        if self.preset == "paper" and self.retrieval is None and "row_init" not in self.model_fields_set:
-            problems.append(
-                "the preset 'paper' starts rows at an embedding of the domain: give row_init the folder of a "
-                "SentenceTransformer (the paper's is GritLM-7B), or write 'anchor' or 'random' to depart from it"
-            )
-        if problems:
+        if problems := problems_together(self):
             raise ValueError("; ".join(problems))
         return self
-
-    def _dense_problems(self) -> list[str]:
-        if self.kind != "dense":
-            return []
-        fields = type(self).model_fields
-        idle = [name for name in _PARTIAL_FIELDS if getattr(self, name) != fields[name].default]
-        problems = [f"{', '.join(idle)}: not for whole models; leave them out"] if idle else []
-        if self.layers != "all":
-            problems.append("layers: of a whole model all are trained; leave them out")
-        return problems
-
-    def _retrieval_problems(self) -> list[str]:
-        if self.kind != "retriever":
-            return (
-                [] if self.retrieval is None else ["retrieval is for the kind 'retriever' only; leave it out"]
-            )
-        fields = type(self).model_fields
-        idle = [name for name in LANGUAGE_FIELDS if getattr(self, name) != fields[name].default]
-        problems = [f"{', '.join(idle)}: not for retrievers; leave them out"] if idle else []
-        problems += self._query_noise_problems()
-        if isinstance(self.held_out, Path):
-            problems.append("held_out must be a share for retrievers")
-        return problems
-
-    def _query_noise_problems(self) -> list[str]:
-        noise = self.statistics.noise
-        if noise is None:
-            return []
-        problems = []
-        if noise.clip != NoiseSettings.model_fields["clip"].default:
-            problems.append("statistics.noise.clip: every query of a retriever has length 1; leave it out")
-        if (
-            self.retrieval is not None
-            and self.retrieval.second_moment == "always"
-            and noise.release == "mean"
-        ):
-            problems.append(
-                "retrieval.second_moment is 'always', but statistics.noise.release 'mean' publishes none; write "
-                "release: moments"
-            )
-        return problems
 
     @classmethod
     def from_file(cls, path: Path | str) -> Self:
@@ -448,51 +299,7 @@ class DomainJob(_Settings):
 
     def card_settings(self) -> dict[str, str | int | float | bool | None]:
         """What the card says about the training: every choice and number, no path."""
-        if self.retrieval is not None:
-            return self._retrieval_card_settings(self.retrieval)
-        row_init = self.row_init if self.row_init in ("anchor", "random") else "sentence-transformer"
-        low_rank = (
-            {} if self.kind == "dense" else {"alpha": self.alpha or float(self.rank), "rank": self.rank}
-        )
-        settings: dict[str, str | int | float | bool | None] = {
-            **low_rank,
-            "public_fraction": self.public_fraction,
-            "sequence_length": self.sequence_length,
-            "batch_size": self.batch_size,
-            "learning_rate": self.learning_rate,
-            "schedule": self.schedule,
-            "weight_decay": self.weight_decay,
-            "warmup": self.warmup,
-            "grad_clip": self.grad_clip,
-            "seed": self.seed,
-            "coordination": self.coordination.enabled,
-        }
-        if self.statistics.enabled:
-            settings["statistics_skip_first"] = self.statistics.skip_first
-            settings["statistics_epsilon"] = self.statistics.noise.epsilon if self.statistics.noise else None
-        if self.coordination.enabled:
-            settings |= {
-                "router_z_loss": self.coordination.router_z_loss,
-                "softmax_z_loss": self.coordination.softmax_z_loss,
-                "bias": self.bias.form if self.bias.enabled else None,
-                "row_init": str(row_init),
-                "row_centre": self.row_centre,
-                "row_rotation": self.row_rotation,
-                "row_negatives": self.row_negatives,
-            }
-        return settings
-
-    def _retrieval_card_settings(
-        self, retrieval: RetrievalSettings
-    ) -> dict[str, str | int | float | bool | None]:
-        shared = ("rank", "alpha", "batch_size", "schedule", "weight_decay", "warmup", "grad_clip", "seed")
-        own = retrieval.model_dump(exclude={"targets", "encode_batch"})
-        return {
-            **{name: getattr(self, name) for name in shared},
-            **own,
-            "held_out": float(self.held_out) if not isinstance(self.held_out, Path) else None,
-            "targets": " ".join(retrieval.targets) if retrieval.targets else None,
-        }
+        return card_settings(self)
 
     def digest(self) -> str:
         """sha256 over every field that the trained expert depends on, apart from the text itself."""
@@ -510,45 +317,6 @@ class DomainJob(_Settings):
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def parse_layers(layers: str | tuple[int, ...], *, num_layers: int) -> tuple[int, ...]:
-    """``all``, ``upper-half``, ``15-29``, ``3,7-9`` or a list, as ascending numbers.
-
-    Raises:
-        ManifestError: Another form, or a layer that a model with ``num_layers`` does not have.
-    """
-    try:
-        return _layer_numbers(layers, num_layers=num_layers)
-    except ValueError as error:
-        raise ManifestError(f"layers: {error}.") from None
-
-
-def _layer_numbers(layers: str | tuple[int, ...], *, num_layers: int) -> tuple[int, ...]:
-    if layers == "all":
-        return tuple(range(num_layers))
-    if layers == "upper-half":
-        return tuple(range(num_layers // 2, num_layers))
-    numbers: set[int] = set()
-    if isinstance(layers, str):
-        for part in layers.replace(" ", "").split(","):
-            match = _RANGE.fullmatch(part)
-            if match is None or int(match[2] or match[1]) < int(match[1]):
-                raise ValueError(
-                    f"'{layers}' is not a choice of layers; write all, upper-half, ranges such as 15-29 or 3,7-9, "
-                    "or a list of numbers"
-                )
-            if int(match[2] or match[1]) >= num_layers:
-                numbers.add(int(match[2] or match[1]))
-                break
-            numbers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
-    else:
-        numbers.update(layers)
-    if not numbers:
-        raise ValueError("choose at least one layer")
-    if max(numbers) >= num_layers:
-        raise ValueError(f"layer {max(numbers)} does not exist; the base has layers 0 to {num_layers - 1}")
-    return tuple(sorted(numbers))
-
-
 def _reworded(check: Any, value: str) -> str:
     """Call a check that raises one of our errors; pydantic collects only `ValueError`."""
     try:
@@ -559,6 +327,11 @@ def _reworded(check: Any, value: str) -> str:
 
 
 def check_text_files(paths: Iterable[Path]) -> None:
+    """Check that files of text are there and have an ending that says how they are read.
+
+    Raises:
+        ValueError: Some are not, or have not; all of them are named.
+    """
     problems = [
         f"'{path.name}' does not end in .jsonl or .txt" for path in paths if path.suffix not in _TEXT_ENDINGS
     ]

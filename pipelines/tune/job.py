@@ -17,7 +17,8 @@ from composer.lock import TrainedParts
 from experts.errors import CoterieError, ManifestError
 from experts.names import check_owner_name
 from experts.strict import load_yaml, validate
-from pipelines.train.job import Count, Flag, Integer, Number, as_list, check_text_files
+from pipelines.train.job import check_text_files
+from pipelines.train.job_settings import Count, Flag, Integer, Number, as_list
 
 __all__ = ["LoadBalancing", "TextSource", "TuneJob"]
 

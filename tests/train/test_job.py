@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from experts.errors import ManifestError
-from pipelines.train.job import DomainJob, parse_layers
+from pipelines.train.job import DomainJob
+from pipelines.train.layer_choice import parse_layers
 
 
 @pytest.fixture

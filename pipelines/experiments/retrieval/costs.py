@@ -54,7 +54,7 @@ def query_passes(experiment: RetrieverExperiment, *, num_layers: int) -> dict[st
         experiment: Says how many experts there are, and on which layers.
         num_layers: Layers of the base.
     """
-    from pipelines.train.job import parse_layers
+    from pipelines.train.layer_choice import parse_layers
 
     first = min(parse_layers(experiment.layers, num_layers=num_layers))
     count = len(experiment.domains)
