@@ -36,6 +36,7 @@ def write_model_card(path: Path, lock: Lock, *, description: str = "") -> None:
 def language_model_card(lock: Lock, description: str) -> str:
     """Return the card of a composed language model."""
     example = lock.owners[0] if lock.owners else "owner"
+    router = f", router `{lock.router.scorer}` over `{lock.router.context}`, top-{lock.router.top_k}"
     return f"""---
 library_name: coterie
 base_model: {json.dumps(lock.base.name)}
@@ -46,7 +47,7 @@ tags: [coterie, mixture-of-experts]
 
 {description or f"A composition of {len(lock.experts)} experts around the public base '{lock.base.name}'."}
 
-Recipe `{lock.recipe}`, router `{lock.router.scorer}` over `{lock.router.context}`, top-{lock.router.top_k}. Base
+Recipe `{lock.recipe}`{router if RECIPES.load(lock.recipe).routes else ""}. Base
 fingerprint `{lock.base.fingerprint}`.
 
 {expert_table(lock)}

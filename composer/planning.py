@@ -158,7 +158,7 @@ def plan(manifest: Manifest, registry: Source, *, changed: bool = False) -> Plan
         experts=experts,
         left_out=left_out,
         optout_class=recipe.optout(manifest),
-        warnings=tuple(recipe.warnings(router=manifest.router, experts=cards)),
+        warnings=tuple(recipe.warnings(manifest=manifest, experts=cards)),
         **_costs(base, description, experts, active, counted),
     )
 

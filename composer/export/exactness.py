@@ -15,6 +15,7 @@ from composer.export.target import ANCHOR
 from composer.export.tensors import floats
 from composer.export.tuned import TunedTensors
 from composer.manifest import RouterSpec
+from composer.recipes import RECIPES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -106,8 +107,9 @@ def judge(
         drop_bias: Whether the owners' biases may be left out, which changes the logits.
     """
     lock = members.lock
-    problems = _base_problems(name, target, members) + _router_problems(target, lock.router, len(seats))
-    problems += _recipe_problems(lock.recipe)
+    problems = _base_problems(name, target, members) + _recipe_problems(lock.recipe)
+    if RECIPES.load(lock.recipe).routes:
+        problems += _router_problems(target, lock.router, len(seats))
     biases = _bias_findings(members, rows) if lock.tuned is None else _tuned_biases(members, tuned)
     if not drop_bias:
         problems += [

@@ -55,8 +55,12 @@ class BAM(UpcycledRecipe):
         if router.scorer == "dume":
             published = [("the base", public), *((e.card.name, e.card.routing) for e in experts)]
             found += [
-                f"{name} publishes no statistics of the inputs of attention routers; measure them in a `bam` "
-                "composition"
+                f"{name} publishes no statistics of what attention routers read; make them with `coterie "
+                + (
+                    "base public-routing NAME --inputs`"
+                    if info is public
+                    else f"expert statistics {name} --attention`"
+                )
                 for name, info in published
                 if info is not None and info.inputs is not None and "attention" not in info.inputs.branches
             ]

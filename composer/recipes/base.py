@@ -47,6 +47,7 @@ class Recipe(ABC):
         lock: The class of its locks.
         top_files: Files of the base that also stand at the top of a folder, beside the tokenizer's.
         generates: Whether its models predict tokens.
+        routes: Whether its models choose among the experts.
     """
 
     summary: ClassVar[str]
@@ -56,6 +57,7 @@ class Recipe(ABC):
     lock: ClassVar[type[Lock]] = Lock
     top_files: ClassVar[tuple[str, ...]] = ()
     generates: ClassVar[bool] = True
+    routes: ClassVar[bool] = True
 
     def expand(self, manifest: Manifest) -> Manifest:
         """Write this recipe's own defaults out where the builder said nothing."""
@@ -66,7 +68,7 @@ class Recipe(ABC):
         found = prompt_problems(manifest)
         if manifest.upcycle is not None:
             found.append(
-                f"upcycle: recipe '{manifest.recipe}' has no such settings; btx, bam and sparse_upcycle have"
+                f"upcycle: recipe '{manifest.recipe}' has none; btx, bam, sparse_upcycle, merge and soup do"
             )
         return found
 
@@ -74,12 +76,13 @@ class Recipe(ABC):
         """Return what opting out can mean for the model of this manifest."""
         return self.optout_class
 
-    def warnings(self, *, router: RouterSpec, experts: Sequence[ExpertCard]) -> list[str]:
+    def warnings(self, *, manifest: Manifest, experts: Sequence[ExpertCard]) -> list[str]:
         """Say what the builder should know about a composition that is possible."""
-        if router.top_k <= len(experts) + 1:
+        top_k = manifest.router.top_k
+        if top_k <= len(experts) + 1:
             return []
         return [
-            f"router.top_k is {router.top_k}; with {len(experts)} experts and the anchor every token "
+            f"router.top_k is {top_k}; with {len(experts)} experts and the anchor every token "
             f"uses all {len(experts) + 1}."
         ]
 
@@ -143,9 +146,15 @@ class Recipe(ABC):
 
 def unsupported_kinds(recipe: str, kinds: Sequence[str], experts: Sequence[Candidate]) -> list[str]:
     """Return one problem for each expert of a kind that the recipe does not compose."""
+    from composer.recipes import RECIPES
+
+    def others(kind: str) -> str:
+        return ", ".join(name for name in RECIPES if kind in RECIPES.load(name).kinds) or "none"
+
     allowed = ", ".join(kinds)
     return [
-        f"{e.card.name} is of kind '{e.card.kind}'; {recipe} composes {allowed}"
+        f"{e.card.name} is of kind '{e.card.kind}'; {recipe} composes {allowed} (recipes for {e.card.kind}: "
+        f"{others(e.card.kind)})"
         for e in experts
         if e.card.kind not in kinds
     ]

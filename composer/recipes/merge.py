@@ -39,6 +39,7 @@ class Merge(Recipe):
     summary = "Models merged into one dense model by a method of mergekit (TIES, DARE, SLERP, ...)"
     kinds = ("dense", "ffn", "lora")
     optout_class: ClassVar[OptOutClass] = "recompose"
+    routes = False
     methods: ClassVar[Sequence[str]] = tuple(METHODS)
     defaults: ClassVar[Mapping[str, Any]] = {"seed_expert": False}
 

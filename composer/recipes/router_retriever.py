@@ -77,8 +77,9 @@ class RouterRetriever(Recipe):
         prompted = [e.ref for e in manifest.experts if e.positive_prompts or e.negative_prompts]
         return found + [f"{ref}: prompts are given, but router_retriever reads none" for ref in prompted]
 
-    def warnings(self, *, router: Any, experts: Sequence[ExpertCard]) -> list[str]:
+    def warnings(self, *, manifest: Any, experts: Sequence[ExpertCard]) -> list[str]:
         """Say where sums tell what queries span, and whose cards name experts that are not here."""
+        router = manifest.router
         if RETRIEVAL_SCORERS.load(router.scorer).needs & {"pilots", "utility"}:
             return _absent_names(experts)
         few = [

@@ -91,6 +91,21 @@ class UpcycledRecipe(Recipe):
         found = unsupported_kinds(self.name, self.kinds, experts)
         return found + router_problems(router, public, [e.card for e in experts])
 
+    def warnings(self, *, manifest: Manifest, experts: Sequence[ExpertCard]) -> list[str]:
+        """Say where a token is sent to more experts than a layer has, as whoever leaves may bring about."""
+        spec = _spec(manifest)
+        seats = self.seats(spec, len(experts))
+        wanted = {
+            "router.top_k": manifest.router.top_k,
+            "upcycle.attention.top_k": (spec.attention and spec.attention.top_k) or 0,
+        }
+        return [
+            f"{key} is {top_k}, but a layer has {seats} expert{'' if seats == 1 else 's'}"
+            f"{', the base counted' if spec.seed_expert else ''}; every token uses all of them."
+            for key, top_k in wanted.items()
+            if top_k > seats
+        ]
+
     def active_experts(self, *, router: RouterSpec, experts: Sequence[ExpertCard]) -> int:
         """Count experts beside the anchor's place; `parameters` counts what they weigh."""
         return min(router.top_k, len(experts) + 1) - 1

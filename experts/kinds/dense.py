@@ -86,7 +86,13 @@ class DenseKind(ExpertKind):
         return {key: value for key, value in config.items() if key in _KEPT or key not in DECIDES_NOTHING}
 
     def check_raw(self, folder: Path, base: BaseDescription, base_ref: BaseRef) -> None:
-        """Refuse another tokenizer than the base's; a folder without one is taken to use the base's."""
+        """Refuse another architecture or tokenizer than the base's; a folder without one is taken to use the base's."""
+        problems = architecture_problems(self.read_config(folder / self.config_file), base.config)
+        if problems:
+            raise AdmissionError(
+                f"config.json in '{folder}' is not that of the base '{base_ref.name}':",
+                problems=capped(problems),
+            )
         if not tokenizer_files(folder):
             return
         found = tokenizer_fingerprint(folder)

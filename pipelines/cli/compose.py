@@ -202,11 +202,13 @@ def _router_text(router: dict[str, Any]) -> str:
 
 
 def _print_plan(plan: dict[str, Any]) -> None:
+    from composer.recipes import RECIPES
+
     print_fields(
         {
             "name": plan["name"],
             "recipe": plan["recipe"],
-            "router": _router_text(plan["router"]),
+            "router": _router_text(plan["router"]) if RECIPES.load(plan["recipe"]).routes else None,
             "base": f"{plan['base']['name']}, {human_bytes(plan['base']['bytes'])}, "
             f"fingerprint {plan['base']['fingerprint'][:12]}",
             "parameters": f"{human_count(plan['parameters_total'])} in all, "
@@ -294,6 +296,8 @@ def verify_optout_folder(
             empty="There is no owner to leave out.",
             right=("LARGEST DIFFERENCE", "PROMPTS"),
         )
+        if rows and not any(row.door == "request" for row in rows):
+            note("Note: a request cannot leave anybody out of this composition, so that door has no row.")
     if failed:
         note(
             f"Error: opting out is not what never having joined gives: {len(failed)} of {len(rows)} comparisons failed."

@@ -335,6 +335,7 @@ def _with_statistics(
     documents = read_documents(text)
     raw = scratch / "raw"
     kind = detect_kind(path, embeds=base.description.embedding is not None)
+    kind.check_raw(path, base.description, base.ref)  # by the folder's own name, and before the text is read
     shutil.copytree(path.resolve(), raw, copy_function=os.symlink if kind.links_allowed else shutil.copy2)
     public = base.routing.statistics if base.routing else None
     layer = (

@@ -64,6 +64,8 @@ def tune(
     wanted = TuneJob.from_file(job)
     store = open_registry(context, registry)
     plan = plan_tuning(composition, wanted, registry=store)
+    for warning in plan.warnings:
+        note(f"Warning: {warning}")
     if dry_run:
         print_json(plan.to_dict()) if as_json else _print_plan(plan.to_dict())
         return

@@ -5,8 +5,9 @@ Knows manifests, locks, consent and texts; knows nothing of tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ class TuningPlan:
         steps: Of the optimiser.
         folder: The composed folder, or None where it is still to be built.
         plan: The plan of the manifest, or None where there is a folder.
+        warnings: What may be a mistake in the job.
     """
 
     name: str
@@ -47,6 +49,7 @@ class TuningPlan:
     steps: int
     folder: Path | None
     plan: Plan | None
+    warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for printing and ``--json``."""
@@ -101,6 +104,17 @@ def plan_tuning(source: Path | str, job: TuneJob, *, registry: Registry) -> Tuni
         steps=job.steps,
         folder=path if lock else None,
         plan=plan,
+        warnings=_alike(job.text_owners, {*involved, *(record.owner for record in registry.experts())}),
+    )
+
+
+def _alike(text_owners: Sequence[str], known: Collection[str]) -> tuple[str, ...]:
+    """Warn of owners nobody knows whose names are nearly somebody's: leaving that one out would keep their text."""
+    near = {name: get_close_matches(name, sorted(known), n=1) for name in text_owners if name not in known}
+    return tuple(
+        f"Text of '{name}', of whom there is no expert. Is it {found[0]}'s? Leaving {found[0]} out would keep it."
+        for name, found in near.items()
+        if found
     )
 
 

@@ -93,6 +93,15 @@ def test_tuning(run: Any, files: Path, filled: Path) -> None:
     )
 
 
+def test_an_owner_who_is_nearly_somebody(run: Any, files: Path, filled: Path) -> None:
+    (files / "tune.yaml").write_text(JOB.replace("owner: acme", "owner: acne"))
+    outcome = _tune(run, files, filled, "--dry-run")
+    assert (outcome.code, outcome.err) == (
+        0,
+        "Warning: Text of 'acne', of whom there is no expert. Is it acme's? Leaving acme out would keep it.\n",
+    )
+
+
 def test_mistakes_in_the_job(run: Any, files: Path, filled: Path) -> None:
     (files / "tune.yaml").write_text(
         JOB.replace("owner: acme", "owner: Acme").replace("steps: 2", "steps: 0")

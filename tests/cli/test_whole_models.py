@@ -7,6 +7,7 @@ manifest that names it.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -68,14 +69,14 @@ SHARD = "model-00002-of-00002.safetensors"
 MISTAKES: dict[str, tuple[Callable[[Path], None], str, str | None]] = {
     "another architecture": (
         lambda folder: _settings(folder, model_type="qwen3", architectures=["Qwen3ForCausalLM"]),
-        "config.json is not the base's:\n"
+        "config.json in '{folder}' is not that of the base 'pico':\n"
         "  - model_type: the expert has 'qwen3', the base 'llama'; another architecture; fine-tune the base itself",
         "This mixture of {base} cannot be written:\n"
         "  - {folder}: model_type is 'qwen3', the base has 'llama'; experts must be fine-tuned from one architecture",
     ),
     "another function": (
         lambda folder: _settings(folder, rms_norm_eps=1e-5, hidden_act="gelu"),
-        "config.json is not the base's:\n"
+        "config.json in '{folder}' is not that of the base 'pico':\n"
         f"  - hidden_act: the expert has 'gelu', the base 'silu'; {OTHERWISE}\n"
         f"  - rms_norm_eps: the expert has 1e-05, the base 1e-06; {OTHERWISE}",
         "This mixture of {base} cannot be written:\n"
@@ -83,14 +84,14 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], str, str | None]] = {
     ),
     "more tokens": (
         _more_tokens,
-        "config.json is not the base's:\n"
+        "config.json in '{folder}' is not that of the base 'pico':\n"
         "  - vocab_size: the expert has 258, the base 257; the vocabularies must be one: take added tokens away again "
         "(resize_token_embeddings), or give the model the base's tokenizer with mergekit-tokensurgeon",
         None,
     ),
     "biases": (
         _bias,
-        "config.json is not the base's:\n"
+        "config.json in '{folder}' is not that of the base 'pico':\n"
         f"  - attention_bias: the expert has True, the base nothing; {BIASES}"
         f"\n  - mlp_bias: the expert has True, the base nothing; {BIASES}",
         "This mixture of {base} cannot be written:\n"
@@ -299,3 +300,30 @@ def test_biases_of_a_base_that_no_class_holds(run: Any, model: Path, tmp_path: P
         ),
     )
     assert not (tmp_path / "mixture").exists()
+
+
+def test_statistics_of_another_architecture(
+    model: Path, run: Any, registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused by the folder's own name, before the text is read."""
+    _settings(model, model_type="qwen3", architectures=["Qwen3ForCausalLM"])
+    (tmp_path / "own.txt").write_text("a text")
+    monkeypatch.setattr("pipelines.train.public_routing", lambda *_, **__: pytest.fail("the text was read"))
+    options = ("--name", "acme/whole", "--domain", "law", "--license", "MIT", "--text", tmp_path / "own.txt")
+    outcome = run("register", model, *options, registry=registry)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith(f"Error: config.json in '{model}' is not that of the base 'pico':\n")
+
+
+def test_what_is_merged_routes_nothing(run: Any, filled: Path, tmp_path: Path) -> None:
+    wish = {"name": "x", "recipe": "soup", "base": "pico", "experts": ["acme/contracts", "hosp/icd"]}
+    (tmp_path / "soup.yaml").write_text(yaml.safe_dump(wish))
+    outcome = run("plan", tmp_path / "soup.yaml", registry=filled)
+    assert re.search(r"^router: +-$", outcome.out, re.MULTILINE), outcome.out
+    assert run("build", tmp_path / "soup.yaml", tmp_path / "soup", registry=filled).code == 0
+    assert "Recipe `soup`. Base\n" in (tmp_path / "soup" / "README.md").read_text()
+    outcome = run("verify-optout", tmp_path / "soup", "--owner", "acme", registry=filled)
+    assert (outcome.code, outcome.err) == (
+        0,
+        "Note: a request cannot leave anybody out of this composition, so that door has no row.\n",
+    )

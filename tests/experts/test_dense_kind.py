@@ -207,12 +207,15 @@ def test_settings_that_decide_the_function(
     config = json.loads((raw / "config.json").read_text())
     (raw / "config.json").write_text(json.dumps({**config, **change}))
     lines = "\n".join(f"  - {problem}" for problem in problems)
-    Refused(packed_as, raw, tmp_path).exactly(f"config.json is not the base's:\n{lines}")
+    Refused(packed_as, raw, tmp_path).exactly(
+        f"config.json in '{raw}' is not that of the base 'pico':\n{lines}"
+    )
 
 
 def test_another_architecture(tuned: Make, packed_as: Any, tmp_path: Path) -> None:
-    Refused(packed_as, tuned("qwen3"), tmp_path).exactly(
-        "config.json is not the base's:\n"
+    raw = tuned("qwen3")
+    Refused(packed_as, raw, tmp_path).exactly(
+        f"config.json in '{raw}' is not that of the base 'pico':\n"
         "  - model_type: the expert has 'qwen3', the base 'llama'; another architecture; fine-tune the base itself"
     )
 

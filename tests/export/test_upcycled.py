@@ -176,6 +176,12 @@ def test_refusals(settings: dict[str, Any], problem: str, folder: Any, message: 
     assert f"\n  - {problem}" in message(plan_export, folder(**settings), "mixtral")
 
 
+def test_a_merged_model_has_no_router_to_complain_of(folder: Any, message: Callable[..., str]) -> None:
+    from composer.export.exporting import plan_export
+
+    assert message(plan_export, folder(recipe="soup"), "mixtral").count("\n  - ") == 1
+
+
 def test_the_advice_for_merged_models_works(folder: Any, stock: Any, pico: Any) -> None:
     import torch
 

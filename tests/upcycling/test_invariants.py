@@ -147,7 +147,9 @@ def test_u6_shapes_of_attention(setting: Any, line: str, pico: Any) -> None:
     with pytest.raises(AdmissionError) as caught:
         pico.pack(raw, name="acme/odd")
     advice = "fine-tune the base itself; if it is the same, save both with the same version of transformers"
-    assert str(caught.value) == f"config.json is not the base's:\n  - {line}; {advice}"
+    assert str(caught.value) == (
+        f"config.json in '{raw}' is not that of the base 'llama':\n  - {line}; {advice}"
+    )
 
 
 def test_u6_models_tuned_from_another_base(pico: Any) -> None:

@@ -177,3 +177,21 @@ def test_refusals(pico: Any) -> None:
     assert problems("bam", other_scorer) == [
         "acme/dense: prompts are given, but scorer 'random' is not made of them; write `scorer: prompts`"
     ]
+
+
+def test_sums_that_nobody_published(pico: Any) -> None:
+    """The message names the command that makes them."""
+    from composer.planning import plan
+    from composer.routing.scorers.dume import DumeScorer
+
+    wish = pico.manifest("dense", recipe="btx", family="mistral", experts=["acme/dense"], scorer="dume")
+    with pytest.raises(PlanError) as caught:
+        plan(wish, pico.dense_library("mistral"))
+    assert list(caught.value.problems) == [
+        "acme/dense publishes no statistics of what the routers of layers [0, 1, 2, 3] read; make them with `coterie "
+        "expert statistics acme/dense` (with --attention for bam)"
+    ]
+    assert DumeScorer.problems(public=None, experts={"acme/dense": (None, [2])}, layer=None)[0] == (
+        "the base publishes no statistics of what the routers of layers [2] read; make them with `coterie base "
+        "public-routing NAME --inputs`"
+    )

@@ -238,7 +238,7 @@ def test_somebody_must_answer(loaded: Any, ids: Any) -> None:
         (
             "flexolmo",
             {"upcycle": {"trunk": "frozen"}},
-            ["upcycle: recipe 'flexolmo' has no such settings; btx, bam and sparse_upcycle have"],
+            ["upcycle: recipe 'flexolmo' has none; btx, bam, sparse_upcycle, merge and soup do"],
         ),
     ],
 )
@@ -251,6 +251,50 @@ def test_refusals(pico: Any, recipe: str, settings: Any, problems: list[str]) ->
         plan(manifest, library)
     told = [problem.partition(" Known: arcee")[0] for problem in caught.value.problems]
     assert told == problems
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "warned"),
+    [
+        ("btx", {"top_k": 4}, []),
+        ("btx", {"top_k": 5}, ["router.top_k is 5, but a layer has 4 experts, the base counted"]),
+        (
+            "btx",
+            {"top_k": 4, "upcycle": {"seed_expert": False}},
+            ["router.top_k is 4, but a layer has 3 experts"],
+        ),
+        (
+            "bam",
+            {"upcycle": {"attention": {"top_k": 9}}},
+            ["upcycle.attention.top_k is 9, but a layer has 4 experts, the base counted"],
+        ),
+        ("sparse_upcycle", {"top_k": 4, "experts": ["acme/dense"]}, []),
+        (
+            "sparse_upcycle",
+            {"top_k": 3, "experts": ["acme/dense"], "upcycle": {"copies": 2}},
+            ["router.top_k is 3, but a layer has 2 experts"],
+        ),
+    ],
+)
+def test_more_experts_a_token_than_a_layer_has(
+    recipe: str, settings: Any, warned: list[str], pico: Any
+) -> None:
+    """Not refused, since owners may leave."""
+    from composer.planning import plan
+
+    found = plan(pico.manifest("dense", recipe=recipe, **settings), pico.dense_library()).warnings
+    assert list(found) == [f"{text}; every token uses all of them." for text in warned]
+
+
+def test_kinds_that_other_recipes_compose(pico: Any) -> None:
+    from composer.planning import plan
+
+    with pytest.raises(PlanError) as caught:
+        plan(pico.manifest("low_rank", recipe="btx", experts=["acme/low", "bob/full"]), pico.library())
+    assert list(caught.value.problems) == [
+        "acme/low is of kind 'lora'; btx composes dense (recipes for lora: flexolmo, merge, soup)",
+        "bob/full is of kind 'ffn'; btx composes dense (recipes for ffn: flexolmo, merge, soup)",
+    ]
 
 
 def test_what_is_left_must_be_mergeable(folder: Any) -> None:

@@ -53,9 +53,12 @@ class DumeScorer(RidgeScorer):
             there = set() if info is None or info.inputs is None else set(info.inputs.layers)
             lacking = sorted(set(layers) - there)
             if lacking:
+                base = name == "the base"
+                cure = "base public-routing NAME --inputs" if base else f"expert statistics {name}"
+                bam = "" if base else " (with --attention for bam)"
                 found.append(
-                    f"{name} publishes no statistics of router inputs of layers {lacking} (see "
-                    "composer.upcycling.measuring.router_inputs)"
+                    f"{name} publishes no statistics of what the routers of layers {lacking} read; make them with "
+                    f"`coterie {cure}`{bam}"
                 )
         return found
 
