@@ -17,10 +17,28 @@ from experts.errors import CoterieError, DataError
 from experts.files import open_regular
 from experts.names import check_owner_name, unknown_name
 
-__all__ = ["Collection", "Document", "read_collection", "read_corpus", "read_judgements", "read_queries"]
+__all__ = [
+    "Collection",
+    "Document",
+    "is_unicode",
+    "read_collection",
+    "read_corpus",
+    "read_judgements",
+    "read_queries",
+]
 
 _DOCUMENT_KEYS = ("_id", "id", "title", "text", "owner", "metadata", "url")
 _QUERY_KEYS = ("_id", "id", "text", "metadata")
+_JUDGEMENT_KEYS = ("query-id", "corpus-id", "score")
+_JUDGEMENT_FILES = (
+    "qrels.tsv",
+    "qrels/test.tsv",
+    "qrels.txt",
+    "qrels.trec",
+    "qrels.jsonl",
+    "qrels/test.jsonl",
+)
+_LARGEST_GRADE = 1_000_000
 _LONGEST_LINE = 1 << 24
 _SHOWN = 5
 
@@ -60,8 +78,9 @@ class Collection:
 def read_collection(folder: Path, *, name: str | None = None) -> Collection:
     """Read a folder with ``corpus.jsonl``, ``queries.jsonl`` and judgements.
 
-    Judgements are ``qrels.tsv`` or ``qrels/test.tsv`` (BEIR: a heading, then query, document, grade), or
-    ``qrels.txt`` or ``qrels.trec`` (TREC: query, iteration, document, grade).
+    Judgements are ``qrels.tsv`` or ``qrels/test.tsv`` (BEIR: a heading, then query, document, grade),
+    ``qrels.txt`` or ``qrels.trec`` (TREC: query, iteration, document, grade), or ``qrels.jsonl`` or
+    ``qrels/test.jsonl`` (an object a line with ``query-id``, ``corpus-id`` and ``score``).
 
     Raises:
         DataError: A file is missing, is not text, has a line of another form, or judgements name queries or documents
@@ -126,12 +145,24 @@ def read_queries(path: Path) -> dict[str, str]:
 def read_judgements(path: Path) -> dict[str, dict[str, int]]:
     """Read grades by query id and document id.
 
-    Three columns (BEIR, the heading is optional) or four (TREC, the second is ignored), separated by tabs or blanks.
+    Three columns (BEIR, the heading is optional) or four (TREC, the second is ignored), separated by tabs or blanks;
+    in a ``.jsonl`` file ``query-id``, ``corpus-id`` and ``score``.
 
     Raises:
         DataError: The file is missing, is not text, or has a line of another form; a pair is judged twice.
     """
     judgements: dict[str, dict[str, int]] = {}
+    rows = _judged_objects(path) if path.suffix == ".jsonl" else _judged_columns(path)
+    for where, query, document, grade in rows:
+        if judgements.setdefault(query, {}).setdefault(document, grade) != grade:
+            raise DataError(f"{where}: the document '{document}' has two grades for the query '{query}'.")
+    if not judgements:
+        raise DataError(f"{path.name} holds no judgement.")
+    return judgements
+
+
+def _judged_columns(path: Path) -> Iterator[tuple[str, str, str, int]]:
+    """Where a line stands, its query, document and grade."""
     for number, line in _lines(path):
         columns = line.split("\t") if "\t" in line else line.split()
         if number == 1 and columns[0] in {"query-id", "query_id", "qid"}:
@@ -141,27 +172,34 @@ def read_judgements(path: Path) -> dict[str, dict[str, int]]:
             raise DataError(
                 f"{where}: {len(columns)} columns; write query, document and grade, separated by tabs."
             )
-        query, document, grade = columns[0].strip(), columns[-2].strip(), _grade(columns[-1], where)
-        if judgements.setdefault(query, {}).setdefault(document, grade) != grade:
-            raise DataError(f"{where}: the document '{document}' has two grades for the query '{query}'.")
-    if not judgements:
-        raise DataError(f"{path.name} holds no judgement.")
-    return judgements
+        yield where, columns[0].strip(), columns[-2].strip(), _grade(columns[-1], where)
+
+
+def _judged_objects(path: Path) -> Iterator[tuple[str, str, str, int]]:
+    for number, record in _records(path, _JUDGEMENT_KEYS, kind="judgement"):
+        where = f"{path.name}, line {number}"
+        query, document = (_string(record, key, where, required=True) for key in _JUDGEMENT_KEYS[:2])
+        score = record.get("score")
+        # some write every grade with a decimal point
+        whole = int(score) if isinstance(score, float) and score.is_integer() else score
+        yield where, query, document, _grade(json.dumps(whole), where)
 
 
 def _grade(text: str, where: str) -> int:
     try:
-        return int(text)
+        grade = int(text)
     except ValueError:
-        raise DataError(f"{where}: the grade {text.strip()!r} is not a whole number.") from None
+        raise DataError(f"{where}: the grade '{text.strip():.20}' is not a whole number.") from None
+    if abs(grade) > _LARGEST_GRADE:
+        raise DataError(f"{where}: the grade '{text.strip():.20}' is beyond {_LARGEST_GRADE:,}.")
+    return grade
 
 
 def _judgement_file(folder: Path) -> Path:
-    names = ("qrels.tsv", "qrels/test.tsv", "qrels.txt", "qrels.trec")
-    for name in names:
+    for name in _JUDGEMENT_FILES:
         if (folder / name).exists():
             return folder / name
-    raise DataError(f"{folder} holds no judgements: none of {', '.join(names)} is there.")
+    raise DataError(f"{folder} holds no judgements: none of {', '.join(_JUDGEMENT_FILES)} is there.")
 
 
 def _check_known(given: Iterable[str], known: Container[str], *, judgements: Path, file: str) -> None:
@@ -182,7 +220,7 @@ def _records(path: Path, keys: Sequence[str], *, kind: str) -> Iterator[tuple[in
         where = f"{path.name}, line {number}"
         try:
             record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):  # a number of thousands of digits is a ValueError of its own
             raise DataError(f"{where}: not JSON. Write one object a line.") from None
         if not isinstance(record, dict):
             raise DataError(f"{where}: not a JSON object. Write one {kind} a line.")
@@ -232,6 +270,7 @@ def _identity(record: Mapping[str, object], where: str, seen: Container[str]) ->
     key = record.get("_id", record.get("id"))
     if not isinstance(key, str) or not key.strip():
         raise DataError(f'{where}: no string under "_id".')
+    _check_unicode(key, "_id", where)
     if key in seen:
         raise DataError(f"{where}: the id '{key}' occurs twice. Ids are unique in a file.")
     return key
@@ -243,4 +282,15 @@ def _string(record: Mapping[str, object], key: str, where: str, *, required: boo
         return ""
     if not isinstance(value, str):
         raise DataError(f'{where}: no string under "{key}".')
+    _check_unicode(value, key, where)
     return value.strip()
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text has no half of a surrogate pair, which JSON lets pass and no tokenizer reads."""
+    return text.isascii() or text == text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _check_unicode(text: str, key: str, where: str) -> None:
+    if not is_unicode(text):
+        raise DataError(f'{where}: half of a surrogate pair under "{key}". Write the text as UTF-8.')

@@ -16,6 +16,7 @@ import numpy as np
 
 from experts.errors import DataError
 from experts.names import unknown_name
+from pipelines.retrieval.collection import is_unicode
 from pipelines.retrieval.search import Vectors
 
 if TYPE_CHECKING:
@@ -140,14 +141,16 @@ def _summed(names: Sequence[str], weights: Sequence[float]) -> dict[str, float]:
 
 
 def check_queries(texts: Sequence[str]) -> None:
-    """Refuse empty queries.
+    """Refuse empty queries, and those that are no text.
 
     Raises:
-        DataError: A query is empty or nothing but white space.
+        DataError: A query is empty or nothing but white space, or has half of a surrogate pair.
     """
+    which = "The query is" if len(texts) == 1 else "A query is"
     if any(not text.strip() for text in texts):
-        which = "The query is" if len(texts) == 1 else "A query is"
         raise DataError(f"{which} empty. Write what to look for.")
+    if not all(map(is_unicode, texts)):
+        raise DataError(f"{which} not Unicode text: it has half of a surrogate pair. Write it as UTF-8.")
 
 
 def base_digest(fingerprint: str, tokenizer_fingerprint: str, embedding: Mapping[str, object]) -> str:

@@ -32,6 +32,7 @@ __all__ = [
     "alone",
     "check_added",
     "check_new",
+    "check_there",
     "check_unchanged",
     "checked_rows",
     "create_index",
@@ -107,14 +108,15 @@ def create_index(folder: Path, *, base: str, dimension: int, backend: str = "exa
         DataError: Something stands at ``folder`` already.
     """
     check_new(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     info = validate(
         IndexInfo,
         {"base": base, "dimension": dimension, "backend": backend},
         what="the index",
         error=DataError,
     )
-    return _backend(backend)(folder, info)
+    index = _backend(backend)(folder, info)
+    folder.mkdir(parents=True, exist_ok=True)  # after what may fail, so that nothing is left behind
+    return index
 
 
 def check_new(folder: Path) -> None:
@@ -327,6 +329,7 @@ class DocumentIndex:
         """
         with alone(self.folder):
             check_unchanged(self.folder, self.info)
+            check_there(self.folder, [name for segment in self._segments for name in segment.names])
             if len(self._segments) > _MOST_SEGMENTS:
                 self._merge()
             fsync_folder(self.folder)
@@ -353,6 +356,16 @@ def check_unchanged(folder: Path, info: IndexInfo) -> None:
     """
     path = folder / FILE
     if path.exists() and json.loads(path.read_bytes()) != info.model_dump(mode="json"):
+        raise DataError(f"Another process changed {folder} meanwhile. Nothing was written; do it again.")
+
+
+def check_there(folder: Path, names: Iterable[str]) -> None:
+    """Refuse to name files that another process has swept away, though what it wrote is as before.
+
+    Raises:
+        DataError: A file is missing.
+    """
+    if not all((folder / name).exists() for name in names):
         raise DataError(f"Another process changed {folder} meanwhile. Nothing was written; do it again.")
 
 

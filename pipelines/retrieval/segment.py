@@ -102,6 +102,9 @@ class Segment:
             owners: Of all rows.
             chunks: The rows, in pieces.
             dimension: Their length.
+
+        Raises:
+            DataError: An id is no Unicode text, or another process swept the files away; none is left then.
         """
         name = f"segment-{secrets.token_hex(8)}"
         matrix = folder / f"{name}.npy"
@@ -112,13 +115,18 @@ class Segment:
                     stream.write(np.ascontiguousarray(chunk, dtype="<f4").data)
                 stream.flush()
                 os.fsync(stream.fileno())
+            data = json.dumps({"ids": list(ids), "owners": list(owners)}).encode()
+            write_atomic(folder / f"{name}.json", data)
+            info = SegmentInfo(name=name, documents=len(ids), ids_sha256=hashlib.sha256(data).hexdigest())
+            return cls.open(folder, info, dimension=dimension)
+        except FileNotFoundError:
+            _delete(folder, name)
+            raise DataError(
+                f"Another process changed {folder} meanwhile. Nothing was written; do it again."
+            ) from None
         except BaseException:
-            matrix.unlink(missing_ok=True)
+            _delete(folder, name)
             raise
-        data = json.dumps({"ids": list(ids), "owners": list(owners)}).encode()
-        write_atomic(folder / f"{name}.json", data)
-        info = SegmentInfo(name=name, documents=len(ids), ids_sha256=hashlib.sha256(data).hexdigest())
-        return cls.open(folder, info, dimension=dimension)
 
     @property
     def names(self) -> tuple[str, str]:
@@ -141,6 +149,11 @@ class Segment:
         step = max(1, _CHUNK_BYTES // (4 * dimension))
         chunks = (self.rows[kept[start : start + step]] for start in range(0, len(kept), step))
         return Segment.write(self.folder, ids, owners, chunks, dimension=dimension)
+
+
+def _delete(folder: Path, name: str) -> None:
+    for end in ("npy", "json"):
+        (folder / f"{name}.{end}").unlink(missing_ok=True)
 
 
 def _write_header(stream: BinaryIO, shape: tuple[int, int]) -> None:

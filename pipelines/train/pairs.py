@@ -16,7 +16,7 @@ from typing import Literal
 
 from experts.errors import DataError
 from experts.names import unknown_name
-from pipelines.retrieval.collection import read_collection
+from pipelines.retrieval.collection import is_unicode, read_collection
 
 __all__ = ["Domain", "DomainSplit", "read_domain", "split_domain"]
 
@@ -143,7 +143,7 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
 def _record(line: str, where: str) -> dict[str, object]:
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # a number of thousands of digits is a ValueError of its own
         raise DataError(f"{where}: not JSON. Write one object a line.") from None
     if not isinstance(record, dict):
         raise DataError(f"{where}: not a JSON object. Write one a line.")
@@ -158,6 +158,8 @@ def _text(record: Mapping[str, object], key: str, where: str) -> str:
     value = record.get(key)
     if not isinstance(value, str) or not value.strip():
         raise DataError(f'{where}: no text under "{key}".')
+    if not is_unicode(value):
+        raise DataError(f'{where}: half of a surrogate pair under "{key}". Write the text as UTF-8.')
     return value.strip()
 
 

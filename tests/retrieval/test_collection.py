@@ -53,6 +53,38 @@ def test_trec_judgements_and_other_places(folder: Path, name: str) -> None:
     assert read_collection(folder) == expected
 
 
+@pytest.mark.parametrize("name", ["qrels.jsonl", "qrels/test.jsonl"])
+def test_judgements_as_objects(folder: Path, name: str) -> None:
+    expected = read_collection(folder)
+    (folder / "qrels.tsv").unlink()
+    (folder / name).parent.mkdir(exist_ok=True)
+    rows = [("1", 2), ("2", 0.0)]
+    (folder / name).write_text(
+        _lines([{"query-id": "a", "corpus-id": document, "score": score} for document, score in rows])
+    )
+    assert read_collection(folder) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"query-id": "a", "corpus-id": "1", "score": 1.5}, "the grade '1.5' is not a whole number."),
+        ({"query-id": "a", "corpus-id": "1"}, "the grade 'null' is not a whole number."),
+        ({"query-id": "a", "score": 1}, 'no string under "corpus-id".'),
+        (
+            {"query_id": "a", "corpus-id": "1", "score": 1},
+            "Unknown key of a judgement 'query_id'. Did you mean 'query-id'? Known: corpus-id, query-id, score.",
+        ),
+    ],
+)
+def test_damaged_judgements_as_objects(folder: Path, line: dict[str, object], message: str) -> None:
+    (folder / "qrels.tsv").unlink()
+    (folder / "qrels.jsonl").write_text(_lines([line]))
+    with pytest.raises(CoterieError) as caught:
+        read_collection(folder)
+    assert str(caught.value) == f"qrels.jsonl, line 1: {message}"
+
+
 def _doc(**fields: object) -> str:
     return json.dumps({"_id": "9", "text": "text", **fields}) + "\n"
 
@@ -64,6 +96,21 @@ def _doc(**fields: object) -> str:
         ("corpus.jsonl", b"PK\x00\x03", "corpus.jsonl, line 1: not UTF-8 text; is this a binary file?"),
         ("corpus.jsonl", "a,b\n", "corpus.jsonl, line 1: not JSON. Write one object a line."),
         ("corpus.jsonl", "[1]\n", "corpus.jsonl, line 1: not a JSON object. Write one document a line."),
+        (
+            "corpus.jsonl",
+            f'{{"_id": {"1" * 5000}}}\n',
+            "corpus.jsonl, line 1: not JSON. Write one object a line.",
+        ),
+        (
+            "corpus.jsonl",
+            _doc(text="\ud800"),
+            'corpus.jsonl, line 1: half of a surrogate pair under "text". Write the text as UTF-8.',
+        ),
+        (
+            "corpus.jsonl",
+            _doc(_id="\ud800"),
+            'corpus.jsonl, line 1: half of a surrogate pair under "_id". Write the text as UTF-8.',
+        ),
         ("corpus.jsonl", "\n", "corpus.jsonl holds no document. Write one JSON object a line."),
         (
             "corpus.jsonl",
@@ -95,6 +142,11 @@ def _doc(**fields: object) -> str:
             "qrels.tsv",
             "a\t1\n",
             "qrels.tsv, line 1: 2 columns; write query, document and grade, separated by tabs.",
+        ),
+        (
+            "qrels.tsv",
+            f"a\t1\t{'9' * 400}\n",
+            f"qrels.tsv, line 1: the grade '{'9' * 20}' is beyond 1,000,000.",
         ),
         ("qrels.tsv", "a\t1\thigh\n", "qrels.tsv, line 1: the grade 'high' is not a whole number."),
         (
@@ -128,7 +180,8 @@ def test_missing_files_are_named(folder: Path) -> None:
     with pytest.raises(CoterieError) as caught:
         read_collection(folder)
     assert str(caught.value) == (
-        f"{folder} holds no judgements: none of qrels.tsv, qrels/test.tsv, qrels.txt, qrels.trec is there."
+        f"{folder} holds no judgements: none of qrels.tsv, qrels/test.tsv, qrels.txt, qrels.trec, qrels.jsonl, "
+        "qrels/test.jsonl is there."
     )
     with pytest.raises(CoterieError) as caught:
         read_collection(folder / "nowhere")

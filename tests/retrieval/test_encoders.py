@@ -65,6 +65,11 @@ def test_what_is_no_embedding_model_is_refused(stock: Encoder, pico: Any, tmp_pa
     with pytest.raises(CoterieError) as caught:
         stock.queries(["wing", " "])
     assert str(caught.value) == "A query is empty. Write what to look for."
+    with pytest.raises(CoterieError) as broken:
+        stock.queries(["\ud800"])
+    assert str(broken.value) == (
+        "The query is not Unicode text: it has half of a surrogate pair. Write it as UTF-8."
+    )
     assert caught.value.exit_code == 2
 
 

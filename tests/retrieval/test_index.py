@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experts.errors import DataError
+from experts.errors import CoterieError, DataError
 from pipelines.retrieval import search as search_module
 from pipelines.retrieval.index import Index, create_index, open_index, owner_mask
 
@@ -284,6 +284,52 @@ def test_two_writers_do_not_overwrite_each_other(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"^Another process changed .*\. Nothing was written; do it again\.$"):
         second.save()
     assert open_index(tmp_path / "index").ids[-1] == "x"
+
+
+def test_a_writer_whose_files_were_swept_away_names_none_of_them(tmp_path: Path) -> None:
+    """What the other one wrote and took back again is what it was; the files of the addition under way are gone."""
+    _filled(tmp_path / "index")
+    slow, quick = open_index(tmp_path / "index"), open_index(tmp_path / "index")
+    slow.add(["x"], _vectors(1))
+    quick.add(["y"], _vectors(1))
+    quick.save()
+    quick.remove(["y"])
+    quick.save()
+    with pytest.raises(DataError) as caught:
+        slow.save()
+    assert str(caught.value) == (
+        f"Another process changed {tmp_path / 'index'} meanwhile. Nothing was written; do it again."
+    )
+    assert len(open_index(tmp_path / "index").ids) == 50
+
+
+def test_an_addition_that_fails_leaves_no_file(tmp_path: Path) -> None:
+    index = _filled(tmp_path / "index")
+    before = sorted(path.name for path in (tmp_path / "index").iterdir())
+    with pytest.raises(DataError, match=r"has half of a surrogate pair\.$"):
+        index.add(["\ud800"], _vectors(1))
+
+    def swept() -> Any:
+        yield _vectors(1)
+        for path in (tmp_path / "index").glob("segment-*.npy"):
+            if path.name not in before:
+                path.unlink()
+
+    with pytest.raises(DataError, match=r"^Another process changed .*\. Nothing was written; do it again\.$"):
+        index.add(["x"], swept())
+    assert sorted(path.name for path in (tmp_path / "index").iterdir()) == before
+
+
+def test_a_backend_that_is_not_installed_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(CoterieError) as caught:
+        create_index(tmp_path / "index", base=BASE, dimension=DIMENSION, backend="faiss")
+    assert (
+        str(caught.value) == "This index needs faiss, which is not installed: pip install 'coterie[faiss]'."
+    )
+    assert not (tmp_path / "index").exists()
 
 
 def test_a_reader_goes_on_while_documents_are_removed(tmp_path: Path) -> None:
