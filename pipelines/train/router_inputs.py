@@ -19,8 +19,8 @@ from composer.upcycling.measuring import Inputs, inputs_artifacts
 from composer.upcycling.partition import attention_module, partition
 from composer.upcycling.trunk import places
 from experts.card import ExpertCard
-from experts.errors import TrainingError
 from experts.routing_artifacts import EmbeddingInfo, RoutingArtifacts, RoutingInfo, Statistics
+from pipelines.compression import CompressionError
 from pipelines.train.anchor import ResolvedBase, load_anchor
 from pipelines.train.rows import mean_embedding
 from pipelines.train.windows import Windows, make_windows
@@ -103,8 +103,7 @@ def publish_statistics(
         seed: Decides which.
 
     Raises:
-        TrainingError: The expert is no whole model.
-        CompressionError: The base is not in the registry, or ``out`` is in use.
+        CompressionError: The expert is no whole model, the base is not in the registry, or ``out`` is in use.
         DataError: The text does not fill one window.
     """
     from experts.admission import check_expert
@@ -113,7 +112,7 @@ def publish_statistics(
 
     card, found = run.find_expert(source, registry)
     if card.kind != "dense":
-        raise TrainingError(
+        raise CompressionError(
             f"{card.name} is of kind '{card.kind}'. Router inputs are summed for whole models (kind 'dense'); other "
             "experts publish what `coterie train` or `coterie register --text` gives them."
         )

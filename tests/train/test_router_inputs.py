@@ -11,9 +11,9 @@ import torch
 
 from composer.loading import load
 from composer.upcycling.measuring import router_inputs
-from experts.errors import TrainingError
 from experts.package import read_package
 from experts.routing_artifacts import RoutingArtifacts
+from pipelines.compression import CompressionError
 from pipelines.train.router_inputs import publish_statistics
 
 
@@ -98,10 +98,11 @@ def test_public_sums_are_the_anchors(pico: Any, texts: list[str], tmp_path: Path
 
 
 def test_only_whole_models(pico: Any, texts: list[str], tmp_path: Path) -> None:
-    with pytest.raises(TrainingError) as caught:
+    with pytest.raises(CompressionError) as caught:
         publish_statistics("acme/low", texts, registry=pico.library(), out=tmp_path / "out")
     assert str(caught.value) == (
         "acme/low is of kind 'lora'. Router inputs are summed for whole models (kind 'dense'); other experts publish "
         "what `coterie train` or `coterie register --text` gives them."
     )
+    assert caught.value.exit_code == 2
     assert not (tmp_path / "out").exists()
