@@ -169,8 +169,10 @@ def _expert_problems(
 def _label_problems(name: str, what: str, info: RetrievalInfo, options: RetrievalRouter) -> list[str]:
     made = info.scores if what == "scores" else info.utility
     if made is None:
+        publish = "publish them (`coterie expert score`), or " if what == "scores" else ""
         return [
-            f"{name} publishes no {what} of its queries, which '{options.scorer}' needs; route with `scorer: lda`"
+            f"{name} publishes no {what} of its queries, which '{options.scorer}' needs; {publish}route with "
+            "`scorer: lda`"
         ]
     if (made.split, made.metric) != (options.label_split, options.label_metric):
         return [

@@ -16,6 +16,7 @@ from pipelines.cli.options import JsonOption, RegistryOption, complete_expert, e
 from pipelines.cli.output import human_bytes, note, print_fields, print_json, print_line, print_table
 from pipelines.cli.progress import count_bar
 from pipelines.cli.proxies import proxies
+from pipelines.cli.scores import score
 from pipelines.cli.statistics import statistics
 from pipelines.cli.windows import domain_files
 
@@ -67,6 +68,14 @@ group.command(
         "coterie expert statistics acme/whole --text own.jsonl --embedder ./encoder --out with-statistics --json",
     ),
 )(statistics)
+
+group.command(
+    "score",
+    epilog=examples(
+        "coterie expert score job.yaml --out with-scores",
+        "coterie expert score job.yaml --expert acme/search --expert bob/search --metric ndcg@10 --out with-scores",
+    ),
+)(score)
 
 
 @group.command(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experts.errors import ManifestError
+from experts.errors import ManifestError, PlanError
 from experts.retrieval_info import ScoresInfo
 from experts.routing_artifacts import RoutingArtifacts
 from pipelines.retrieval.encoders import Encoder, open_encoder
@@ -67,6 +67,7 @@ def score_experts(
     Raises:
         DataError: There are no such queries, or fewer than the minimum group.
         ManifestError: The job trains no retriever, or its expert publishes nothing or noisy sums.
+        PlanError: An expert cannot answer alone: it publishes nothing about its queries, for instance.
         UnknownNameError: The registry does not know an expert.
     """
     if job.retrieval is None or not isinstance(job.held_out, float):
@@ -125,5 +126,8 @@ def _alone(record: ExpertRecord, out: Path, *, registry: Registry) -> Encoder:
             "router": {"scorer": "centroid", "selector": "top1", "min_group": 1},
         }
     )
-    build(plan(manifest, registry), out, registry=registry)
+    try:
+        build(plan(manifest, registry), out, registry=registry)
+    except PlanError as error:
+        raise PlanError(f"{record.ref} cannot be tried:", problems=error.problems) from None
     return open_encoder(out)

@@ -76,6 +76,59 @@ def test_train_and_register(run: Any, pico: Any, empty: Path, tmp_path: Path) ->
     assert registered.json["version"] == 1
 
 
+def test_owners_score_experts_on_their_queries(run: Any, pico: Any, empty: Path, tmp_path: Path) -> None:
+    job = {
+        "name": "acme/search",
+        "domain": "words",
+        "license": "Apache-2.0",
+        "base": "embedder",
+        "kind": "retriever",
+        "data": str(queries(pico, tmp_path / "pairs.jsonl", count=30, pairs=True)),
+        "steps": 1,
+        "batch_size": 4,
+        "workdir": str(tmp_path / "private"),
+        "retrieval": "{label: 0.3, min_group: 3}",
+    }
+    (tmp_path / "job.yaml").write_text("".join(f"{key}: {value}\n" for key, value in job.items()))
+    out = tmp_path / "trained"
+    assert run("train", tmp_path / "job.yaml", "--local", "--out", out, registry=empty).code == 0
+    assert run("register", out / "acme" / "search", registry=empty).code == 0
+    raw = pico.write_retriever(tmp_path / "raw", seed=1)
+    options = ("--name", "bob/search", "--domain", "words", "--license", "Apache-2.0", "--base", "embedder")
+    text = queries(pico, tmp_path / "queries.jsonl")
+    assert run("register", raw, *options, "--text", text, registry=empty).code == 0
+    scored = run("expert", "score", tmp_path / "job.yaml", "--out", tmp_path / "scored", registry=empty)
+    assert scored.code == 0, scored.err
+    assert scored.out.splitlines()[0].split() == ["tried:", "acme/search,", "bob/search"]
+    assert scored.out.rstrip().endswith("acme/search@2, to be registered")
+    assert run("register", tmp_path / "scored", registry=empty).code == 0
+    again = run(
+        *("expert", "score", tmp_path / "job.yaml", "--expert", "bob/search", "--json"),
+        *("--out", tmp_path / "again"),
+        registry=empty,
+    )
+    assert (again.json["version"], again.json["scores"]["experts"]) == (3, ["acme/search", "bob/search"])
+    unknown = run(
+        "expert",
+        "score",
+        tmp_path / "job.yaml",
+        "--expert",
+        "bob/serch",
+        "--out",
+        tmp_path / "u",
+        registry=empty,
+    )
+    assert (unknown.code, (tmp_path / "u").exists()) == (2, False)
+    assert "bob/search" in unknown.err
+    silent = ("--name", "cleo/search", *options[2:])
+    assert run("register", raw, *silent, registry=empty).code == 0
+    refused = run("expert", "score", tmp_path / "job.yaml", "--out", tmp_path / "u", registry=empty)
+    assert (refused.code, refused.err) == (
+        2,
+        "Error: cleo/search@1 cannot be tried:\n  - cleo/search publishes nothing about its queries\n",
+    )
+
+
 def test_an_adapter_of_pefts_with_queries(run: Any, pico: Any, empty: Path, tmp_path: Path) -> None:
     raw = pico.write_retriever(tmp_path / "raw", seed=1)
     options = ("--name", "acme/search", "--domain", "words", "--license", "Apache-2.0", "--base", "embedder")

@@ -210,7 +210,8 @@ def test_what_an_owner_did_not_publish(retrievers: Any, registry: Registry) -> N
 def test_labels_must_be_those_that_are_asked_for(retrievers: Any, registry: Registry) -> None:
     pair = ["acme/search", "ann/pilots"]
     assert refused(retrievers.manifest(pair, scorer="pilot_max", label_metric="mrr@10"), registry) == (
-        f"{CANNOT}  - acme/search publishes no scores of its queries, which 'pilot_max' needs; route with "
+        f"{CANNOT}  - acme/search publishes no scores of its queries, which 'pilot_max' needs; publish "
+        "them (`coterie expert score`), or route with "
         "`scorer: lda`\n"
         "  - ann/pilots made its scores on 'heldout' queries by 'margin'; the router asks for 'heldout' by 'mrr@10' "
         "(label_split, label_metric)"
