@@ -320,6 +320,17 @@ class Pico:
         means = vectors.astype("f8").reshape(8, 5, -1).mean(axis=1)
         return Scores(experts=names, counts=np.full(8, 5.0), vectors=means, quality=quality)
 
+    def retrieval_utility(self, seed: int) -> Any:
+        """Sums for the gains over the base of everybody in the library, on a domain's first texts."""
+        import numpy as np
+
+        from experts.retrieval_artifacts import Utility
+
+        names = tuple(sorted(f"{owner}/search" for owner in OWNERS))
+        x = self._embed(self.domain_texts(seed, count=40), 2)[0].astype("f8")
+        quality = np.random.default_rng(seed).uniform(-1, 1, size=(40, 1 + len(names)))
+        return Utility(queries=40, experts=names, gram=x.T @ x, cross=x.T @ quality)
+
     def _embed(self, texts: Sequence[str], layer: int) -> tuple[Any, Any]:
         """The pico embedder's embeddings, and the mean states entering a layer, of length 1; by hand."""
         import torch
@@ -380,7 +391,7 @@ class Pico:
     def retriever_library(self, *, scored: bool = False) -> Registry:
         """A registry with the pico embedder and one retriever of every owner, ``acme/search`` and so on; shared.
 
-        With ``scored`` every owner publishes how well all of them serve the owner's queries.
+        With ``scored`` every owner publishes how well all of them serve the owner's queries, row by row and summed.
         """
         return self.once(lambda: self._fill_retrievers(scored), "retriever library", scored)
 
@@ -392,7 +403,8 @@ class Pico:
         for owner, (seed, rank, _) in OWNERS.items():
             raw = self.write_retriever(self.scratch("raw"), seed=seed, r=rank)
             scores = self.retrieval_scores(seed) if scored else None
-            artifacts = self.retrieval_artifacts(seed, scores=scores)
+            utility = self.retrieval_utility(seed) if scored else None
+            artifacts = self.retrieval_artifacts(seed, scores=scores, utility=utility)
             registry.register(self.pack_retriever(raw, name=f"{owner}/search", artifacts=artifacts))
         return registry
 

@@ -42,7 +42,7 @@ class Retrievers:
         from composer.building import build
         from composer.planning import plan
 
-        scored = manifest.router.scorer.startswith("pilot")
+        scored = manifest.router.scorer.startswith(("pilot", "ridge"))
         source = self.pico.retriever_library(scored=scored) if registry is None else registry
         return build(plan(manifest, source), self.pico.scratch("out"), registry=source)
 

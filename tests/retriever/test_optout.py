@@ -25,6 +25,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "abstaining": {"selector": "top1", "min_margin": 1.0},
     "pilots": {"scorer": "pilot_mean", "selector": "top2", "similarity": "dot", "temperature": 0.1},
     "nearest pilots, ties their own": {"scorer": "pilot_max", "ties": "own_domain", "temperature": 0.1},
+    "all pilots": {"scorer": "pilot_logsumexp", "temperature": 0.1},
+    "gains over the base": {"scorer": "ridge_utility", "min_margin": -9.0, "temperature": 0.1},
     "before any layer": {"selector": "top1", "route_on": "static_tokens"},
     "before any layer, all": {"route_on": "static_tokens"},
 }
@@ -113,8 +115,18 @@ def test_r5_nothing_of_a_left_out_owner_is_multiplied(
     bad = facts[slot - 1]
     labels = bad.labels and replace(bad.labels, vectors=bad.labels.vectors * np.nan)
     facts[slot - 1] = replace(
-        bad, sum=bad.sum * np.nan, scatter=bad.scatter * np.nan, count=np.nan, labels=labels
+        bad,
+        sum=bad.sum * np.nan,
+        scatter=bad.scatter * np.nan,
+        count=np.nan,
+        labels=labels,
+        gram=None if bad.gram is None else bad.gram * np.nan,
     )
+    # what the others say of the owner's expert is not read either
+    facts = [
+        replace(f, utility={n: v * np.nan if bad.name in (n, f.name) else v for n, v in f.utility.items()})
+        for f in facts
+    ]
     router.facts = tuple(facts)
     assert np.array_equal(poisoned.encode_query(texts, opt_out={"acme"}), clean)
     mixed = poisoned.encode_query(texts[:2], opt_out=[{"acme"}, {"acme", "bob"}])
