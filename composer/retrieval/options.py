@@ -50,6 +50,8 @@ class RetrievalRouter(BaseModel):
     """Queries that several experts serve equally well make their parts of all of these experts' pilots
     (``fractional``), go to the expert of the queries' own owner if it is one of them, else in parts (``own_domain``),
     or are not used (``drop``). The order of a list decides nothing."""
+    pilots_per_group: int = Field(default=1, ge=1)
+    """Most pilots of an owner's queries for one expert, by k-means; the paper finds more than one worse."""
     fallback: Literal["base"] = "base"
     """Who answers where no expert is allowed or none is far enough ahead."""
     min_margin: float = 0.0
@@ -88,6 +90,7 @@ _PAPER = {
     "label_split": "train",
     "label_metric": "ndcg@10",
     "ties": "fractional",
+    "pilots_per_group": 1,
     "min_group": 1,
     "share_lower_layers": False,
 }

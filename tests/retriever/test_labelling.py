@@ -44,6 +44,24 @@ def test_pilots_are_weighted_means_of_large_groups() -> None:
     assert [p.vector.tobytes() for p in turned] == [p.vector.tobytes() for p in pilots]
 
 
+def test_several_pilots_of_a_group_are_the_means_of_its_clusters() -> None:
+    """Two far clouds: the clusters are the clouds, whatever the order of the rows."""
+    chosen = np.random.default_rng(0)
+    clouds = np.concatenate([chosen.normal(size=(6, 4)), chosen.normal(size=(4, 4)) + 50.0])
+    shares, counts = np.ones((10, 1)), np.arange(1.0, 11.0)
+    for order in (np.arange(10), chosen.permutation(10)):
+        made = make_pilots(clouds[order], shares, ["acme/a"], min_group=3, counts=counts[order], per_group=2)
+        assert sorted(p.queries for p in made) == [21, 34]
+        for pilot, rows in zip(
+            sorted(made, key=lambda p: p.queries), (slice(0, 6), slice(6, 10)), strict=True
+        ):
+            assert np.allclose(pilot.vector, np.average(clouds[rows], axis=0, weights=counts[rows]))
+    (small,) = make_pilots(clouds[:6], shares[:6], ["acme/a"], min_group=5, per_group=3)
+    assert (small.queries, small.vector.tobytes()) == (6, (np.ones(6) @ clouds[:6] / 6.0).tobytes())
+    alike = make_pilots(np.ones((6, 4)), shares[:6], ["acme/a"], min_group=1, per_group=4)
+    assert [p.queries for p in alike] == [6]
+
+
 def test_what_does_not_fit() -> None:
     with pytest.raises(DataError) as caught:
         label_shares(QUALITY * np.nan, EXPERTS[:2])

@@ -28,7 +28,10 @@ class _Pilots(RetrievalScorer):
     def solve(self, experts: Sequence[ExpertFacts]) -> Solved:
         """Form the pilots, and average them where the mean decides: the mean product is the mean's product."""
         options = self.options
-        pilots = list(pilots_among(experts, ties=options.ties, min_group=options.min_group).values())
+        made = pilots_among(
+            experts, ties=options.ties, min_group=options.min_group, per_group=options.pilots_per_group
+        )
+        pilots = list(made.values())
         absent = tuple(i for i, mine in enumerate(pilots) if not mine)
         rows = [self._prepared(np.stack(mine)) for mine in pilots if mine]
         if not rows:  # nobody has a pilot, so nobody is ever ahead
