@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from experts.errors import OptOutError
 from pipelines.retrieval.collection import Collection
 from pipelines.retrieval.encoders import Encoder, open_encoder
 from pipelines.retrieval.search import Vectors
@@ -122,14 +123,22 @@ class CoterieEncoder:
         hf_split: str = "",
         hf_subset: str = "",
         prompt_type: Any = None,
-        opt_out: Owners[str] = (),
         batch_size: int = 32,
         **kwargs: Any,
     ) -> Vectors:
-        """Encode what MTEB hands over; ``opt_out`` in its ``encode_kwargs`` leaves more owners out of queries."""
+        """Encode what MTEB hands over.
+
+        Raises:
+            OptOutError: Its ``encode_kwargs`` leave owners out, of which the results' revision would not tell.
+        """
+        if kwargs.get("opt_out"):
+            raise OptOutError(
+                "encode_kwargs leave owners out, which MTEB keeps under the same revision as if nobody were. Give "
+                "opt_out to CoterieEncoder instead."
+            )
         texts = [text for batch in inputs for text in batch["text"]]
         if getattr(prompt_type, "value", prompt_type) == "query":
-            return self.encoder.queries(texts, opt_out={*self.opt_out, *opt_out}, batch_size=batch_size)
+            return self.encoder.queries(texts, opt_out=self.opt_out, batch_size=batch_size)
         return self.encoder.documents(texts, batch_size=batch_size)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:

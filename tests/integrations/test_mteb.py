@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from experts.errors import OptOutError
 from pipelines.retrieval.collection import Collection, Document
 from pipelines.retrieval.encoders import open_encoder
 from pipelines.retrieval.metrics import measure
@@ -78,10 +79,13 @@ def test_scores_are_ours_without_a_network(
         assert scores["recall_at_10"] == pytest.approx(expected["recall@10"], abs=1e-5)
         assert scores["mrr_at_10"] == pytest.approx(expected["mrr@10"], abs=1e-5)
         found[bool(opt_out)] = scores["ndcg_at_10"]
-    kwargs = {"opt_out": ["acme"]}
-    model = wrapper.CoterieEncoder.open(retriever_folder)
-    (scores,) = wrapper.evaluate(model, [task], encode_kwargs=kwargs).values()
-    assert scores["ndcg_at_10"] == found[True]
+    assert found[True] != found[False]
+    with pytest.raises(OptOutError) as caught:
+        wrapper.evaluate(model, [task], encode_kwargs={"opt_out": ["bob"]})
+    assert str(caught.value) == (
+        "encode_kwargs leave owners out, which MTEB keeps under the same revision as if nobody were. Give opt_out to "
+        "CoterieEncoder instead."
+    )
 
 
 def test_models_have_an_identity_for_each_set_of_owners(

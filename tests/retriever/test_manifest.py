@@ -83,6 +83,7 @@ def test_defaults_and_every_key(retrievers: Any) -> None:
         "fallback": "base",
         "min_margin": 0.0,
         "min_group": 5,
+        "pilots_per_group": 1,
         "route_on": "embedding",
         "share_lower_layers": True,
         "default_task": None,
