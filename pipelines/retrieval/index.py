@@ -156,8 +156,9 @@ def open_index(folder: Path, *, base: str | None = None) -> Index:
         )
         if base is not None and info.base != base:
             raise DataError(
-                f"{folder} was built by another base ({info.base[:12]}) than this model's ({base[:12]}); their "
-                "vectors cannot be compared. Use the model's own base, or index the documents again."
+                f"{folder} was built by another base ({info.base[:12]}) than this model's ({base[:12]}), or by "
+                "the same one with another pooling, normalisation, prompt or max length; their vectors cannot be "
+                "compared. Use the model's own base, or index the documents again."
             )
         try:
             return _backend(info.backend)(folder, info)

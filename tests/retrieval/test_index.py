@@ -174,8 +174,9 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         open_index(tmp_path / "index", base=OTHER)
     assert str(caught.value) == (
-        f"{tmp_path / 'index'} was built by another base (aaaaaaaaaaaa) than this model's (bbbbbbbbbbbb); their "
-        "vectors cannot be compared. Use the model's own base, or index the documents again."
+        f"{tmp_path / 'index'} was built by another base (aaaaaaaaaaaa) than this model's (bbbbbbbbbbbb), or by "
+        "the same one with another pooling, normalisation, prompt or max length; their vectors cannot be compared. Use "
+        "the model's own base, or index the documents again."
     )
 
 
