@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,6 +30,7 @@ SHARD_BYTES = 5_000_000_000
 INDEX = "model.safetensors.index.json"
 
 _BLOCK = 8 << 20
+_FLUSH_BYTES = 16 << 20
 _FALL_BACK = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 
 Progress = Callable[[str, int], None]
@@ -88,12 +90,13 @@ def _grouped(entries: Sequence[Entry], shard_bytes: int) -> Iterator[list[Entry]
 def write_file(path: Path, entries: Sequence[Entry], *, progress: Progress | None = None) -> None:
     """Write one safetensors file and check that every tensor reached it; see `write_shards`."""
     header = _header(entries)
-    with path.open("xb", buffering=0) as out, _OpenFiles() as files:
+    with path.open("xb", buffering=0) as out, _OpenFiles() as files, _Flusher(out) as flusher:
         out.write(header)
         for entry in entries:
             parts = entry.source if isinstance(entry.source, tuple) else (entry.source,)
             written = sum(_write(part, out, files) for part in parts)
             assert written == entry.spec.nbytes, entry.name
+            flusher.wrote(written)
             if progress is not None:
                 progress(entry.name, entry.spec.nbytes)
     _check(path, entries, header)
@@ -146,6 +149,37 @@ def _copy(source: BinaryIO, out: BinaryIO, *, start: int, count: int) -> None:
         view = memoryview(block)
         while view:
             view = view[out.write(view) :]
+
+
+class _Flusher:
+    """Context manager: lets the disk work while the file is still being written, so that its last sync is short.
+
+    An error of a sync is raised here: the system tells it once, so whoever syncs later would not meet it.
+    """
+
+    def __init__(self, out: BinaryIO) -> None:
+        self._descriptor = out.fileno()
+        self._pending = 0
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flush")
+        self._running: Future[None] | None = None
+
+    def wrote(self, count: int) -> None:
+        """Begin a sync where enough has been written since the last one began, and that one is done."""
+        self._pending += count
+        if self._pending < _FLUSH_BYTES or not (self._running is None or self._running.done()):
+            return
+        if self._running is not None:
+            self._running.result()
+        self._pending = 0
+        self._running = self._worker.submit(os.fdatasync, self._descriptor)
+
+    def __enter__(self) -> _Flusher:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._worker.shutdown()
+        if kind is None and self._running is not None:
+            self._running.result()
 
 
 class _OpenFiles:

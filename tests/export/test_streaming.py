@@ -33,6 +33,24 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.parametrize("tensors", [1, 3])
+def test_a_disk_that_fails_beside_the_writing_is_met(
+    tensors: int, big: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system tells such an error once: a later sync of the same file would find nothing wrong."""
+    from composer.export.shards import write_file
+    from composer.export.tensors import Entry
+
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, "the disk")
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    found = list(slices(big).items())[:tensors]
+    entries = [Entry(name=name, spec=part.spec, source=part) for name, part in found]
+    with pytest.raises(OSError, match="the disk"):
+        write_file(tmp_path / "out.safetensors", entries)
+
+
 @pytest.mark.parametrize("kernel", [True, False], ids=["in the kernel", "through a buffer"])
 def test_copies_hold_no_tensor(
     kernel: bool, big: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
