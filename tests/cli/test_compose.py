@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -294,12 +295,13 @@ class TestVerifyOptout:
         row = Verification(
             owner="acme", door="load", max_abs_diff=0.5, bit_identical=False, passed=False, prompts=4
         )
-        monkeypatch.setattr(composer.verify, "_verify_owner", lambda *args: [row])
+        equal = replace(row, door="request", max_abs_diff=0.0, bit_identical=True, passed=True)
+        monkeypatch.setattr(composer.verify, "_verify_owner", lambda *args: [row, equal])
         outcome = run("verify-optout", composed, "--owner", "acme")
         assert outcome.code == 1
         assert outcome.out.splitlines()[1].split() == ["acme", "load", "5.0e-01", "no", "4", "FAILED"]
         assert outcome.err == (
-            "Error: opting out is not what never having joined gives: 1 of 1 comparisons failed.\n"
+            "Error: opting out is not what never having joined gives: 1 of 2 comparisons failed.\n"
         )
 
     def test_unknown_owner(self, run: Any, composed: Path) -> None:
