@@ -31,7 +31,8 @@ class Row:
         seed: Under which seed.
         domain: On which domain.
         split: ``heldout``.
-        metric: ``nll`` (nats a token), ``bits_per_byte``, or ``routed_to_owner`` (share of the routed weight).
+        metric: ``nll`` (nats a token), ``bits_per_byte``, ``routed_to_owner`` (share of the routed weight) or
+            ``routing_accuracy`` (share of the tokens whose largest weight is the owner's).
         value: The number.
     """
 
@@ -57,11 +58,19 @@ def rows_of(arm: str, seed: int, evaluation: Evaluation, *, owners: Mapping[str,
         values = {"nll": score.nll, "bits_per_byte": score.bits_per_byte}
         if score.routing and domain in owners:
             values["routed_to_owner"] = score.routing.get(owners[domain], 0.0)
+        if score.sent and domain in owners:
+            values["routing_accuracy"] = score.sent.get(owners[domain], 0.0)
         rows += [
             Row(arm=arm, seed=seed, domain=domain, split="heldout", metric=metric, value=value)
             for metric, value in values.items()
         ]
     return rows
+
+
+_ROUTING_TABLES = {
+    "Share of the routed weight that goes to the domain's owner": "routed_to_owner",
+    "Routing accuracy, the share of a domain's tokens whose largest weight is the owner's": "routing_accuracy",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +138,9 @@ def write_results(
     write_atomic(paths[0], (json.dumps(data, indent=1) + "\n").encode())
     owned = experiment.domains if owned is None else owned
     summary = summarize(rows, owned=owned)
-    routing = summarize(rows, owned=owned, metric="routed_to_owner")
+    routing = {
+        title: summarize(rows, owned=owned, metric=metric) for title, metric in _ROUTING_TABLES.items()
+    }
     mean = f"`mean` is over {'the owned domains' if owned == experiment.domains else ', '.join(owned)}."
     write_atomic(paths[1], _markdown(experiment, summary, routing, mean=mean).encode())
     means = {
@@ -142,7 +153,11 @@ def write_results(
 
 
 def _markdown(
-    experiment: Experiment | UpcyclingExperiment, summary: Summary, routing: Summary, *, mean: str
+    experiment: Experiment | UpcyclingExperiment,
+    summary: Summary,
+    routing: Mapping[str, Summary],
+    *,
+    mean: str,
 ) -> str:
     seeds = ", ".join(map(str, experiment.seeds))
     text = [
@@ -153,8 +168,9 @@ def _markdown(
         "",
         *_table(summary),
     ]
-    if routing.cells:
-        text += ["", "Share of the routed weight that goes to the domain's owner:", "", *_table(routing)]
+    for title, shares in routing.items():
+        if shares.cells:
+            text += ["", f"{title}:", "", *_table(shares)]
     return "\n".join(text) + "\n"
 
 
