@@ -35,21 +35,25 @@ def test_a_summary_is_mean_and_deviation_over_seeds() -> None:
     assert "mean" not in summary.cells["b"]
 
 
-def _score(nll: float, routing: dict[str, float]) -> DomainScore:
+def _score(nll: float, routing: dict[str, float], sent: dict[str, float] | None = None) -> DomainScore:
     fields: dict[str, Any] = {"nll": nll, "bits_per_byte": nll / 2, "tokens": 10, "seconds": 1.0}
-    return DomainScore(**fields, routing=routing)
+    return DomainScore(**fields, routing=routing, sent=sent or {})
 
 
 def test_rows_of_an_evaluation() -> None:
     evaluation = Evaluation(
         opt_out=(),
-        domains={"python": _score(2.0, {"p": 0.75, "anchor": 0.25}), "stories": _score(3.0, {"p": 1.0})},
+        domains={
+            "python": _score(2.0, {"p": 0.75, "anchor": 0.25}, {"p": 0.9, "anchor": 0.1}),
+            "stories": _score(3.0, {"p": 1.0}),
+        },
     )
     rows = rows_of("arm", 5, evaluation, owners={"python": "p"})
     assert [(r.arm, r.seed, r.domain, r.split, r.metric, r.value) for r in rows] == [
         ("arm", 5, "python", "heldout", "nll", 2.0),
         ("arm", 5, "python", "heldout", "bits_per_byte", 1.0),
         ("arm", 5, "python", "heldout", "routed_to_owner", 0.75),
+        ("arm", 5, "python", "heldout", "routing_accuracy", 0.9),
         ("arm", 5, "stories", "heldout", "nll", 3.0),
         ("arm", 5, "stories", "heldout", "bits_per_byte", 1.5),
     ]
