@@ -476,7 +476,7 @@ def test_threads_do_not_see_each_others_owners(owners: Owners, texts: list[str])
 # -------------------------------------------------------------------- leaving
 
 
-@pytest.mark.parametrize("gone", [{"yan"}, {"acme"}, {"vic", "yan"}], ids=str)
+@pytest.mark.parametrize("gone", [{"yan"}, {"acme"}, {"vic", "yan"}], ids=lambda gone: "+".join(sorted(gone)))
 def test_r2_a_request_is_the_never_joined_model_bit_for_bit(
     owners: Owners, way: dict[str, Any], gone: set[str], texts: list[str]
 ) -> None:
