@@ -78,6 +78,16 @@ BLOCKS: dict[str, tuple[str, ...]] = {
 """Block kind -> experts that make a layer of it."""
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_sessionstart() -> None:
+    """Let Hypothesis register its random generator before anything is frozen: it looks for referrers of it."""
+    from hypothesis import given, settings
+    from hypothesis.strategies import none
+
+    settings(database=None, derandomize=True, max_examples=1)(given(none())(lambda _: None))()
+    gc.callbacks.append(_freeze_imported)
+
+
 _seen_modules = 0
 
 
@@ -90,9 +100,6 @@ def _freeze_imported(phase: str, info: dict[str, int]) -> None:
     if phase == "stop" and info["generation"] == 2 and len(sys.modules) > _seen_modules + 50:
         _seen_modules = len(sys.modules)
         gc.freeze()
-
-
-gc.callbacks.append(_freeze_imported)
 
 
 class Pico:
