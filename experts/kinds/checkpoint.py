@@ -22,9 +22,21 @@ from experts.kinds.kind import DTYPES
 from experts.safetensors_header import StoredTensor, TensorSpec
 from experts.schema import compare_schema
 
-__all__ = ["INDEX", "Checkpoint"]
+__all__ = ["INDEX", "WEIGHTS", "Checkpoint", "has_checkpoint", "weight_files"]
 
 INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Say whether there is a checkpoint in one file or in shards, whatever is in it."""
+    return (folder / "config.json").exists() and any((folder / name).exists() for name in (WEIGHTS, INDEX))
+
+
+def weight_files(folder: Path) -> tuple[str, ...]:
+    """Return the names of the shards, after that of their index if there is one."""
+    shards = sorted(path.name for path in checkpoint_files(folder))
+    return (*([INDEX] if (folder / INDEX).exists() else []), *shards)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

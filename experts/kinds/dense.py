@@ -14,8 +14,8 @@ from experts.base import BaseDescription
 from experts.card import BaseRef
 from experts.errors import AdmissionError
 from experts.files import capped, install_file
-from experts.fingerprint import checkpoint_files, tokenizer_files, tokenizer_fingerprint
-from experts.kinds.checkpoint import INDEX, Checkpoint
+from experts.fingerprint import tokenizer_files, tokenizer_fingerprint
+from experts.kinds.checkpoint import WEIGHTS, Checkpoint, has_checkpoint, weight_files
 from experts.kinds.kind import DTYPES, ExpertKind, ResolvedConfig
 from experts.pickles import conversion
 from experts.same_architecture import DECIDES_NOTHING, architecture_problems
@@ -33,7 +33,7 @@ class DenseKind(ExpertKind):
 
     name = "dense"
     config_file = "config.json"
-    weights_file = "model.safetensors"
+    weights_file = WEIGHTS
     links_allowed = True  # a download is a folder of links, and packing copies what they point to
     left_behind = frozenset(
         {
@@ -53,15 +53,11 @@ class DenseKind(ExpertKind):
 
     def detect(self, folder: Path) -> bool:
         """Say whether there is a checkpoint in one file or in shards, whatever is in it."""
-        return (folder / self.config_file).exists() and any(
-            (folder / name).exists() for name in (self.weights_file, INDEX)
-        )
+        return has_checkpoint(folder)
 
     def raw_files(self, folder: Path) -> tuple[str, ...]:
         """Return the configuration, the shards and their index."""
-        shards = sorted(path.name for path in checkpoint_files(folder))
-        index = [INDEX] if (folder / INDEX).exists() else []
-        return (self.config_file, *index, *shards)
+        return (self.config_file, *weight_files(folder))
 
     def hint(self, folder: Path) -> str | None:
         """Say how to turn a pickled checkpoint into safetensors."""

@@ -18,8 +18,7 @@ from experts.card import BaseRef
 from experts.embedding import EMBEDDING_FILES, embedding_differences, read_embedding
 from experts.errors import AdmissionError
 from experts.files import capped, install_file, read_bounded, sha256_file, write_atomic
-from experts.fingerprint import checkpoint_files
-from experts.kinds.checkpoint import INDEX, Checkpoint
+from experts.kinds.checkpoint import WEIGHTS, Checkpoint, has_checkpoint, weight_files
 from experts.kinds.kind import DTYPES, MAX_CONFIG_BYTES, ExpertKind, ResolvedConfig
 from experts.pickles import conversion
 from experts.same_architecture import DECIDES_NOTHING, architecture_problems
@@ -59,7 +58,7 @@ class FullEncoderKind(ExpertKind):
 
     name = "retriever"
     config_file = "config.json"
-    weights_file = "model.safetensors"
+    weights_file = WEIGHTS
     more_files = (TOKENIZER_FILE, TOKENIZER_CONFIG)
     embeds = True
     links_allowed = True  # a download is a folder of links, and packing copies what they point to
@@ -82,15 +81,11 @@ class FullEncoderKind(ExpertKind):
 
     def detect(self, folder: Path) -> bool:
         """Say whether there is a checkpoint in one file or in shards, whatever is in it."""
-        return (folder / self.config_file).exists() and any(
-            (folder / name).exists() for name in (self.weights_file, INDEX)
-        )
+        return has_checkpoint(folder)
 
     def raw_files(self, folder: Path) -> tuple[str, ...]:
         """Return the configuration, the tokenizer's files, the shards and their index."""
-        shards = sorted(path.name for path in checkpoint_files(folder))
-        index = [INDEX] if (folder / INDEX).exists() else []
-        return (self.config_file, *self.more_files, *index, *shards)
+        return (self.config_file, *self.more_files, *weight_files(folder))
 
     def hint(self, folder: Path) -> str | None:
         """Say how to turn a pickled checkpoint into safetensors."""

@@ -12,7 +12,14 @@ import typer
 
 from pipelines.cli.errors import writing_to
 from pipelines.cli.loading import OptionError, quiet_transformers
-from pipelines.cli.options import JsonOption, RegistryOption, complete_expert, examples, open_registry
+from pipelines.cli.options import (
+    PACKAGE_FOLDER,
+    JsonOption,
+    RegistryOption,
+    complete_expert,
+    examples,
+    open_registry,
+)
 from pipelines.cli.output import human_bytes, note, print_fields, print_json, print_line, print_table
 from pipelines.cli.progress import count_bar
 from pipelines.cli.proxies import proxies
@@ -26,16 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["group"]
 
-NewExpertFolder: TypeAlias = Annotated[
-    Path | None,
-    typer.Option(
-        "--out",
-        metavar="DIR",
-        help="The folder to write, ready for 'coterie register'.",
-        file_okay=False,
-        show_default=False,
-    ),
-]
+NewExpertFolder: TypeAlias = Annotated[Path | None, PACKAGE_FOLDER]
 NewNameOption: TypeAlias = Annotated[
     str | None,
     typer.Option(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from registry import Registry
 
 __all__ = [
+    "PACKAGE_FOLDER",
     "ExpertArgument",
     "JsonOption",
     "OptOutOption",
@@ -104,6 +105,14 @@ OptOutOption: TypeAlias = Annotated[
         show_default=False,
     ),
 ]
+PACKAGE_FOLDER = typer.Option(
+    "--out",
+    metavar="DIR",
+    help="The folder to write, ready for 'coterie register'.",
+    file_okay=False,
+    show_default=False,
+)
+"""Where a command writes an expert's package."""
 OutFolder: TypeAlias = Annotated[
     Path,
     typer.Argument(

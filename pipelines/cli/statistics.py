@@ -12,7 +12,13 @@ import typer
 
 from pipelines.cli.errors import writing_to
 from pipelines.cli.loading import OptionError, quiet_transformers
-from pipelines.cli.options import JsonOption, RegistryOption, complete_expert, open_registry
+from pipelines.cli.options import (
+    PACKAGE_FOLDER,
+    JsonOption,
+    RegistryOption,
+    complete_expert,
+    open_registry,
+)
 from pipelines.cli.output import human_count, print_fields, print_json
 from pipelines.cli.progress import spinner
 
@@ -41,16 +47,7 @@ def statistics(
             show_default=False,
         ),
     ],
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out",
-            metavar="DIR",
-            help="The folder to write, ready for 'coterie register'.",
-            file_okay=False,
-            show_default=False,
-        ),
-    ],
+    out: Annotated[Path, PACKAGE_FOLDER],
     attention: Annotated[
         Literal["own", "shared"] | None,
         typer.Option(
