@@ -235,9 +235,12 @@ class Lock(_Strict):
         """
         path = folder / LOCK_NAME
         if not path.is_file():
-            raise BuildError(
-                f"{folder} is not a composed folder: it has no {LOCK_NAME}. Make one with `coterie build`."
+            advice = (
+                "It is a plain checkpoint: load it with transformers; it does not know its owners."
+                if (folder / "config.json").is_file()
+                else "Make one with `coterie build`."
             )
+            raise BuildError(f"{folder} is not a composed folder: it has no {LOCK_NAME}. {advice}")
         data = load_json(path, what=str(path), max_bytes=MAX_LOCK_BYTES, error=BuildError)
         recipe = data.get("recipe") if isinstance(data, dict) else None
         return validate(cls.of_recipe(recipe), data, what=str(path), error=BuildError)

@@ -18,6 +18,7 @@ from experts.errors import AdmissionError, AssetError, CoterieError, ManifestErr
 from experts.fingerprint import checkpoint_files, tokenizer_files, tokenizer_fingerprint
 from experts.kinds import get_kind
 from experts.kinds.lora import LoraSpec, lora_spec, lora_tensor_names
+from experts.names import unknown_name
 from experts.pickles import conversion
 from experts.safetensors_header import read_header
 
@@ -152,6 +153,7 @@ def find_folder(path: ModelPath, *, near: Path) -> Path:
 
     Raises:
         ManifestError: There is no such folder, and the name is not one of the hub's.
+        UnknownNameError: The hub does not have it, and there is a folder that it would be in.
         AssetError: The hub could not be reached or does not have it.
     """
     for candidate in (Path(path.path), near / path.path):
@@ -166,9 +168,16 @@ def find_folder(path: ModelPath, *, near: Path) -> Path:
     try:
         found = snapshot_download(path.path, revision=path.revision, allow_patterns=_PATTERNS)
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        beside = {f"{owner}/{p.name}" for place in (Path(owner), near / owner) for p in _folders(place)}
+        if beside:  # a misspelt path looks like a name on the hub
+            raise unknown_name("model folder", path.path, beside) from None
         reason = str(error).strip().splitlines()[0]
         raise AssetError(f"'{path}' is no folder, and the hub did not give it: {reason}") from None
     return Path(found)
+
+
+def _folders(place: Path) -> list[Path]:
+    return [path for path in place.iterdir() if path.is_dir()] if place.is_dir() else []
 
 
 class Sources:

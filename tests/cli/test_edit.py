@@ -96,7 +96,8 @@ def test_dry_run(run: Any, filled: Path, make: Any) -> None:
         ),
         (
             ("remove", "FOLDER/base", "acme"),
-            "Error: FOLDER/base is not a composed folder: it has no composition.json. Make one with `coterie build`.\n",
+            "Error: FOLDER/base is not a composed folder: it has no composition.json. It is a plain checkpoint: load "
+            "it with transformers; it does not know its owners.\n",
         ),
     ],
 )

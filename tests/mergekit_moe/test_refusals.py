@@ -11,7 +11,15 @@ import pytest
 
 from composer.mergekit_moe.manifest import is_mergekit_moe, parse, read_manifest
 from composer.mergekit_moe.planning import plan_moe
-from experts.errors import AdmissionError, AssetError, BuildError, CoterieError, ManifestError, PlanError
+from experts.errors import (
+    AdmissionError,
+    AssetError,
+    BuildError,
+    CoterieError,
+    ManifestError,
+    PlanError,
+    UnknownNameError,
+)
 
 BASE = {"base_model": "a", "gate_mode": "random", "experts": [{"source_model": "b"}, {"source_model": "c"}]}
 
@@ -317,6 +325,15 @@ def test_missing_models(tmp_path: Path, config_of: Any, monkeypatch: pytest.Monk
     config["experts"][0]["source_model"] = "some/model@v2"
     text = message(AssetError, plan_moe, parse(config))
     assert text.startswith("'some/model@v2' is no folder, and the hub did not give it: ")
+
+
+def test_a_misspelt_path_that_reads_like_a_name_on_the_hub(config_of: Any, tmp_path: Path) -> None:
+    config = config_of(gate_mode="random")
+    shutil.copytree(config["experts"][0]["source_model"], tmp_path / "models" / "law")
+    config["experts"][0]["source_model"] = "models/lwa"
+    assert message(UnknownNameError, plan_moe, parse(config), near=tmp_path) == (
+        "Unknown model folder 'models/lwa'. Did you mean 'models/law'? Known: models/law."
+    )
 
 
 def test_paths_are_also_looked_for_beside_the_manifest(config_of: Any, tmp_path: Path) -> None:
