@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from composer.routing.scorers.base import ScorerInputs
-from composer.routing.scorers.lda import LDAScorer, solve_lda
+from composer.routing.scorers.lda import LDAScorer
 from composer.routing.scorers.learned import LearnedScorer
 from experts.errors import PlanError
 from experts.routing_artifacts import RoutingInfo, RowsInfo, Statistics, StatisticsInfo
@@ -50,14 +51,19 @@ def test_lda_posteriors_are_scikit_learns(shrinkage: float, prior: float | None)
     oracle = LinearDiscriminantAnalysis(
         solver="lsqr", shrinkage=shrinkage / (1 + shrinkage), priors=[1 / n] * n
     ).fit(x, y)
-    weights, biases = solve_lda(_statistics(classes), shrinkage=shrinkage, anchor_prior=prior)
-    probes = np.random.default_rng(1).normal(size=(200, D)) * 5
+    scorer = LDAScorer(
+        statistics=dict(enumerate(_statistics(classes))),
+        shrinkage=shrinkage,
+        anchor_prior=prior,
+        normalization="none",
+    )
+    probes = np.random.default_rng(1).normal(size=(200, D)).astype(np.float32) * 5
     # its covariance is 1 + shrinkage times smaller, which multiplies the likelihood part of its logits
     likelihood = oracle.decision_function(probes) / (1 + shrinkage)
-    ours = probes @ weights.T + biases
+    ours = scorer(torch.from_numpy(probes)[None], None, list(range(n)))[0].double().numpy()
     theirs = likelihood + np.log(priors)
     np.testing.assert_allclose(
-        ours - ours.mean(1, keepdims=True), theirs - theirs.mean(1, keepdims=True), rtol=1e-8, atol=1e-8
+        ours - ours.mean(1, keepdims=True), theirs - theirs.mean(1, keepdims=True), rtol=1e-5, atol=1e-5
     )
 
 
@@ -85,16 +91,19 @@ def test_lda_survives_a_large_common_mean() -> None:
     )
 
 
-def test_lda_logits_grow_with_evidence_and_shrink_with_temperature() -> None:
+@pytest.mark.parametrize("prior", [None, 0.2])
+def test_lda_logits_grow_with_evidence_and_shrink_with_temperature(prior: float | None) -> None:
+    """All but the prior, which is known once, however much was read."""
     statistics = dict(enumerate(_statistics(_classes())))
     features = torch.randn(2, 3, D, generator=torch.Generator().manual_seed(0))
     counts = torch.tensor([[1.0, 2.0, 4.0], [9.0, 16.0, 100.0]])
-    plain = LDAScorer(statistics=statistics, evidence=0.0)(features, counts, [0, 2])
+    plain = LDAScorer(statistics=statistics, evidence=0.0, anchor_prior=None)(features, counts, [0, 2, 3])
+    offset = torch.tensor([0.0 if prior is None else math.log(0.2 / 0.4), 0.0, 0.0])
     for evidence in (0.5, 1.0):
-        scaled = LDAScorer(statistics=statistics, evidence=evidence, temperature=2.0)(
-            features, counts, [0, 2]
+        scaled = LDAScorer(statistics=statistics, evidence=evidence, temperature=2.0, anchor_prior=prior)(
+            features, counts, [0, 2, 3]
         )
-        torch.testing.assert_close(scaled, plain / 2.0 * counts.pow(evidence)[..., None])
+        torch.testing.assert_close(scaled, plain / 2.0 * counts.pow(evidence)[..., None] + offset)
 
 
 def test_lda_of_nobody_scores_the_anchor_alone() -> None:

@@ -5,26 +5,29 @@ Knows the equations; how statistics are collected and a gate is asked for is in 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
 from composer.routing.scorers.solved import SolvedOptions, SolvedScorer
+from composer.routing.types import ANCHOR
 from experts.routing_artifacts import Statistics
 
 __all__ = ["LDAScorer", "solve_lda"]
 
 
 def solve_lda(
-    classes: Sequence[Statistics], *, shrinkage: float = 0.1, anchor_prior: float | None = None
+    classes: Sequence[Statistics], *, shrinkage: float = 0.1
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Solve linear discriminants with one shared covariance.
 
     ``S = mean_c (scatter_c / n_c - m_c m_c^T)``, ``S += shrinkage * (tr S / d) I``,
-    ``w_c = S^-1 (m_c - m)``, ``b_c = -(m_c + m) . w_c / 2 + log prior_c`` with ``m = mean_c m_c`` (Hastie,
+    ``w_c = S^-1 (m_c - m)``, ``b_c = -(m_c + m) . w_c / 2`` with ``m = mean_c m_c`` (Hastie,
     Tibshirani, Friedman, The Elements of Statistical Learning, section 4.3; shrinkage towards the identity as in
     Friedman 1989). Classes weigh alike in ``S``, whatever their size, so that an owner with much text does not set
     everybody's scale. The book's ``w_c = S^-1 m_c`` differ by a vector common to all classes, which a softmax does
@@ -33,10 +36,10 @@ def solve_lda(
     Args:
         classes: Statistics of the classes, the public one first; at least one.
         shrinkage: Weight of the identity, relative to the mean variance; above 0.
-        anchor_prior: Prior of the first class; None: all classes alike. The others share the rest.
 
     Returns:
-        Weights float64 ``(classes, d)`` and biases float64 ``(classes,)``.
+        Weights float64 ``(classes, d)`` and biases float64 ``(classes,)``: the log-likelihoods of the classes, up to
+        what they have in common.
     """
     d = classes[0].sum.shape[0]
     within = np.zeros((d, d))
@@ -48,9 +51,6 @@ def solve_lda(
     middle = means.mean(axis=0)
     weights: NDArray[np.float64] = np.linalg.solve(covariance, (means - middle).T).T.astype(np.float64)
     biases: NDArray[np.float64] = -0.5 * np.einsum("cd,cd->c", means + middle, weights)
-    if anchor_prior is not None and len(classes) > 1:
-        rest = (1.0 - anchor_prior) / (len(classes) - 1)
-        biases += np.log([anchor_prior, *[rest] * (len(classes) - 1)])
     return weights, biases
 
 
@@ -66,7 +66,10 @@ class LDAScorer(SolvedScorer):
 
     Args:
         shrinkage: See `solve_lda`.
-        anchor_prior: See `solve_lda`.
+        anchor_prior: Probability, before anything is read, that a text is nobody's here; the owners share the rest
+            alike. None: the public class counts as one more owner. Unlike the likelihood it does not grow with the
+            text, so it mostly decides the first tokens. A small one serves text of the owners better whose experts
+            do little harm elsewhere, and text that nobody owns, a leaver's too, worse where they do.
         shared: See `SolvedScorer`.
     """
 
@@ -79,4 +82,17 @@ class LDAScorer(SolvedScorer):
 
     def solve(self, classes: Sequence[Statistics]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Solve linear discriminants; see `solve_lda`."""
-        return solve_lda(classes, shrinkage=self.shrinkage, anchor_prior=self.anchor_prior)
+        return solve_lda(classes, shrinkage=self.shrinkage)
+
+    def forward(
+        self, features: torch.Tensor, counts: torch.Tensor | None, experts: Sequence[int]
+    ) -> torch.Tensor:
+        """Add the log-odds of the anchor's prior to its likelihood; see `Scorer.forward`."""
+        logits = super().forward(features, counts, experts)
+        owners = len(experts) - 1
+        if self.anchor_prior is None or owners == 0 or experts[0] != ANCHOR:
+            return logits
+        odds = self.anchor_prior * owners / (1.0 - self.anchor_prior)
+        offset = logits.new_zeros(len(experts))
+        offset[0] = math.log(odds)
+        return logits + offset
