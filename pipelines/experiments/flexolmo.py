@@ -46,9 +46,16 @@ class FlexOlmoComparison(ExperimentKind):
     def world(
         self, experiment: Experiment, texts: Texts, *, folder: Path, seed: int, tell: Tell | None
     ) -> World:
-        """Make the world of a seed."""
+        """Make the world of a seed.
+
+        Raises:
+            DataError: A text of one's own is another than when the folder's results were made.
+        """
+        from pipelines.experiments.own_text import check_unchanged
         from pipelines.experiments.world import World
 
+        if experiment.own_texts:
+            check_unchanged(texts, folder)
         return World(experiment, texts, folder=folder, seed=seed, tell=tell)
 
     def run(self, world: World, arm: str) -> Iterator[Row]:

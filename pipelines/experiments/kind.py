@@ -88,7 +88,12 @@ class ExperimentSettings(BaseModel):
             ManifestError: The file is missing, is not plain YAML, or has mistakes; all of them are listed.
         """
         data, what = _plain(path)
-        return cls.from_dict(data, what=what)
+        return cls.from_dict(cls.located(data, Path(path).parent), what=what)
+
+    @classmethod
+    def located(cls, data: object, folder: Path) -> object:
+        """Return plain data with the relative paths in them looked for in a folder; most kinds have none."""
+        return data
 
     @classmethod
     def from_dict(cls, data: object, *, what: str = "experiment") -> Self:
@@ -157,8 +162,8 @@ def read_experiment(path: Path | str) -> ExperimentSettings:
     name = data.get("kind", _DEFAULT_KIND) if isinstance(data, dict) else _DEFAULT_KIND
     if not isinstance(name, str):
         raise ManifestError(f"{what}: kind must be a name.")
-    experiment: ExperimentSettings = EXPERIMENT_KINDS.load(name).settings.from_dict(data, what=what)
-    return experiment
+    settings: type[ExperimentSettings] = EXPERIMENT_KINDS.load(name).settings
+    return settings.from_dict(settings.located(data, Path(path).parent), what=what)
 
 
 def _plain(path: Path | str) -> tuple[object, str]:

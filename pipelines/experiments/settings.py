@@ -5,11 +5,22 @@ Knows fields, ranges and defaults; knows nothing of how an arm is made.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from pipelines.experiments.kind import ExperimentSettings, Names
+from pipelines.experiments.own_text import OwnText, gather, locate
 
 __all__ = ["Budget", "Experiment", "ScratchAnchor", "Tuning"]
 
@@ -68,6 +79,10 @@ class Tuning(_Settings):
     """Constant rate."""
 
 
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
 class Experiment(ExperimentSettings):
     """An experiment as written."""
 
@@ -77,8 +92,10 @@ class Experiment(ExperimentSettings):
     """This kind."""
     anchor: ScratchAnchor | Literal["smollm2"] = ScratchAnchor()
     """``smollm2``, or the settings of a decoder to train from scratch."""
+    own_texts: Annotated[tuple[OwnText, ...], BeforeValidator(_as_tuple)] = ()
+    """Texts of one's own; a mapping that is written in one of the lists below is moved here and named there."""
     domains: Names
-    """The owners' domains; names of texts that the project can fetch."""
+    """The owners' domains: names of texts that the project can fetch, or texts of one's own."""
     public: Names
     """Texts of the public mix."""
     public_share: Annotated[float, Field(ge=0, le=0.5)] = 0.1
@@ -95,6 +112,8 @@ class Experiment(ExperimentSettings):
     """Experts a token, the anchor counted."""
     rank: Count = 16
     """Rank of the low-rank arm."""
+    embedder: str = "minilm"
+    """``minilm``, or the folder of a SentenceTransformer: where the rows of the arm ``paper_embedding`` start."""
     experts: Budget = Budget()
     """What every owner spends."""
     tuning: Tuning = Tuning()
@@ -104,13 +123,17 @@ class Experiment(ExperimentSettings):
 
     @field_validator("domains", "public", "unowned")
     @classmethod
-    def _known_texts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _known_texts(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         from experts.names import unknown_name
         from pipelines.assets import TEXTS
 
+        if "own_texts" not in info.data:  # they have mistakes, which are reported
+            return value
+        known = {*TEXTS, *(own.name for own in info.data["own_texts"])}
         for name in value:
-            if name not in TEXTS:
-                raise ValueError(str(unknown_name("domain text", name, TEXTS)))
+            if name not in known:
+                advice = "For a text of your own write {name: NAME, text: FILE}."
+                raise ValueError(str(unknown_name("domain text", name, known, advice=advice)))
         return value
 
     @model_validator(mode="after")
@@ -123,6 +146,50 @@ class Experiment(ExperimentSettings):
         shared = sorted(set(self.domains) & ({*self.public} | {*self.unowned}))
         if shared:
             problems.append(f"{', '.join(shared)}: a domain cannot be public or nobody's as well")
+        problems += _own_problems(self.own_texts, self.domains, (*self.public, *self.unowned))
+        problems += [
+            f"{names}: named twice in '{key}'"
+            for key in ("domains", "public", "unowned")
+            if (names := ", ".join(_repeated(getattr(self, key))))
+        ]
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    @classmethod
+    def located(cls, data: object, folder: Path) -> object:
+        """Look for texts of one's own beside the YAML."""
+        return locate(data, folder) if isinstance(data, dict) else data
+
+    @classmethod
+    def from_dict(cls, data: object, *, what: str = "experiment") -> Self:
+        """Check plain data, in which the lists of texts may hold mappings; see `from_file`."""
+        return super().from_dict(gather(data, what=what) if isinstance(data, dict) else data, what=what)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data that `from_dict` reads back; without ``own_texts`` where there are none."""
+        data = super().to_dict()
+        if not self.own_texts:
+            del data["own_texts"]
+        return data
+
+
+def _repeated(names: tuple[str, ...]) -> list[str]:
+    return sorted(name for name, count in Counter(names).items() if count > 1)
+
+
+def _own_problems(own: tuple[OwnText, ...], domains: tuple[str, ...], others: tuple[str, ...]) -> list[str]:
+    """What is wrong with texts of one's own; each belongs to one list, and only of domains something is held out."""
+    names = tuple(text.name for text in own)
+    problems = [f"{name}: two texts of your own have this name" for name in _repeated(names)]
+    problems += [f"{name}: no list names this text" for name in names if name not in (*domains, *others)]
+    problems += [
+        f"{text.name}: a text of your own can be public or nobody's, not both"
+        for text in own
+        if others.count(text.name) > 1
+    ]
+    return problems + [
+        f"{text.name}: 'held_out' is for domains; public text is trained on, and nobody's measured, as a whole"
+        for text in own
+        if text.held_out and text.name in others
+    ]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experts.routing_artifacts import RoutingInfo
+from pipelines.experiments.own_text import check_apart, read_own
 from pipelines.experiments.settings import Experiment, ScratchAnchor
 
 if TYPE_CHECKING:
@@ -54,25 +55,35 @@ class Texts:
 def read_texts(experiment: Experiment, *, cache: Path | None = None, tell: Tell | None = None) -> Texts:
     """Fetch and divide the texts: the first documents of every domain are public, the rest is the owner's.
 
+    Of a text of one's own that is public or nobody's, all documents are.
+
     Raises:
         AssetError: A text cannot be had.
+        DataError: A text of one's own has no file, another form, or documents that are trained on and measured.
     """
     from pipelines.assets import domain_text
 
-    def fetch(name: str) -> Any:
-        return domain_text(name, cache=cache, progress=tell)
+    own = {text.name: text for text in experiment.own_texts}
 
-    owned, held_out, public = {}, {}, []
+    def read(name: str, *, divide: bool = False) -> tuple[Sequence[str], Sequence[str]]:
+        if name in own:
+            return read_own(own[name], divide=divide)
+        text = domain_text(name, cache=cache, progress=tell)
+        return text.training, text.held_out
+
+    owned, held_out, trained = {}, {}, {}
+    public: list[str] = []
     for name in experiment.domains:
-        text = fetch(name)
-        cut = int(len(text.training) * experiment.public_share)
-        public += text.training[:cut]
-        owned[name] = text.training[cut:]
-        held_out[name] = text.held_out
+        trained[name], held_out[name] = read(name, divide=True)
+        cut = int(len(trained[name]) * experiment.public_share)
+        public += trained[name][:cut]
+        owned[name] = trained[name][cut:]
     for name in experiment.public:
-        public += fetch(name).training
+        trained[name] = read(name)[0]
+        public += trained[name]
     for name in experiment.unowned:
-        held_out[name] = fetch(name).held_out
+        held_out[name] = read(name)[0 if name in own else 1]
+    check_apart(trained, held_out, own=own)
     return Texts(owned=owned, held_out=held_out, public=public)
 
 
@@ -130,6 +141,11 @@ class World:
             self._add_public_routing(registry, record)
         return registry
 
+    @property
+    def embedder(self) -> Path | None:
+        """The model whose embeddings public rows start at; None: they start at states."""
+        return None
+
     def _add_public_routing(self, registry: Registry, record: BaseRecord) -> None:
         import shutil
 
@@ -144,6 +160,7 @@ class World:
             out=folder,
             layer=layers[0],
             rows_layers=layers,
+            embedder=self.embedder,
             sequence_length=self.experiment.sequence_length,
             windows=_PUBLIC_WINDOWS,
         )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipelines.assets import DomainText
 from pipelines.experiments import Experiment
 from pipelines.experiments.world import Texts
 
@@ -39,8 +42,8 @@ def _documents(words: str, *, count: int, seed: int) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def tiny_settings() -> dict[str, Any]:
-    return SETTINGS
+def tiny_settings(pico_embedder: Path) -> dict[str, Any]:
+    return {**SETTINGS, "embedder": str(pico_embedder)}
 
 
 @pytest.fixture(scope="session")
@@ -64,3 +67,17 @@ def tiny_texts() -> Texts:
         },
         public=_documents(prose, count=30, seed=6),
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_fetch(tiny_texts: Texts) -> Callable[..., DomainText]:
+    """Stands for `pipelines.assets.domain_text`: nothing is downloaded."""
+
+    def fetch(name: str, **_: Any) -> DomainText:
+        training = tiny_texts.owned.get(name, tiny_texts.public)
+        held_out = tiny_texts.held_out.get(name, ())
+        return DomainText(
+            name=name, training=tuple(training), held_out=tuple(held_out), license="CC0-1.0", source="here"
+        )
+
+    return fetch
