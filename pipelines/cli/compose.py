@@ -188,8 +188,11 @@ class _Sum:
 
 def _plan(manifest: Path, store: Registry) -> Plan:
     from composer import Manifest, plan
+    from composer.lock import LOCK_NAME
 
-    planned = plan(Manifest.from_file(manifest), store)
+    # a composed folder's own manifest was written for those who were in it at first
+    changed = (manifest.parent / LOCK_NAME).is_file()
+    planned = plan(Manifest.from_file(manifest), store, changed=changed)
     for warning in planned.warnings:
         note(f"Warning: {warning}")
     return planned

@@ -23,9 +23,9 @@ def tree(folder: Path) -> dict[str, str]:
 def make(run: Any, filled: Path, tmp_path: Path) -> Any:
     """Build a folder of these experts."""
 
-    def build(name: str, *experts: str) -> Path:
+    def build(name: str, *experts: str, more: str = "") -> Path:
         path = tmp_path / f"{name}.yaml"
-        path.write_text(f"{HEAD}experts: [{', '.join(experts)}]\n")
+        path.write_text(f"{HEAD}experts: [{', '.join(experts)}]\n{more}")
         outcome = run("build", path, tmp_path / name, registry=filled)
         assert outcome.code == 0, outcome.err
         return tmp_path / name
@@ -47,6 +47,22 @@ def test_add_and_remove(run: Any, filled: Path, make: Any) -> None:
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.splitlines()[0] == "- hosp/icd@1"
     assert tree(duo) == before
+
+
+def test_what_is_left_is_what_its_own_manifest_builds(
+    run: Any, filled: Path, make: Any, tmp_path: Path
+) -> None:
+    """Also where a token went to more experts than there are now; a new manifest may not ask for that."""
+    folder = make("trio", "acme/contracts", "hosp/icd", "soft/python", more="router: {top_k: 4}\n")
+    assert run("remove", folder, "hosp", "soft").code == 0
+    outcome = run("build", folder / "manifest.yaml", tmp_path / "again", registry=filled)
+    assert outcome.code == 0, outcome.err
+    assert tree(tmp_path / "again") == tree(folder)
+    alone = tmp_path / "alone.yaml"
+    alone.write_text((folder / "manifest.yaml").read_text())
+    refused = run("build", alone, tmp_path / "refused", registry=filled)
+    assert refused.code == 2
+    assert "router.top_k: 4 found, but 1 expert and the anchor" in refused.err
 
 
 def test_json(run: Any, filled: Path, make: Any) -> None:
