@@ -28,16 +28,18 @@ def compare(
     *,
     baselines: Iterable[str] = (),
     public: Tensor | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
     batch_size: int = 4,
     progress: Progress | None = None,
 ) -> dict[str, Evaluation]:
-    """Measure baselines with their default options.
+    """Measure baselines, with their default options unless others are given.
 
     Args:
         context: Anchor and experts.
         windows: By domain; the oracle sends each domain to the expert of the same name.
         baselines: Rows of `BASELINES`; none: all that can be made. ``single`` stands for every expert alone.
         public: Token ids int64 ``(windows, length)`` that ``weighted_soup`` takes its weights from.
+        options: By baseline: the options of `pipelines.baselines.make_baseline`.
         batch_size: Windows run at once.
         progress: Told how many tokens are done.
 
@@ -46,14 +48,18 @@ def compare(
 
     Raises:
         UnknownNameError: There is no such baseline.
-        ManifestError: ``weighted_soup`` is asked for without public text.
+        ManifestError: ``weighted_soup`` is asked for without public text, or options for what is not measured.
     """
-    arms = dict(_arms(context, _chosen(baselines, public), public))
+    chosen, given = _chosen(baselines, public), options or {}
+    for name in given:
+        if name not in chosen:
+            raise ManifestError(f"Options for the baseline '{name}', which is not measured.")
+    arms = dict(_arms(context, chosen, public))
     tokens = sum(domain.tokens for domain in windows.values())
     results: dict[str, Evaluation] = {}
-    for number, (arm, (name, options)) in enumerate(arms.items()):
+    for number, (arm, (name, needed)) in enumerate(arms.items()):
         results[arm] = score(
-            make_baseline(name, context, **options),
+            make_baseline(name, context, **{**needed, **given.get(name, {})}),
             windows,
             batch_size=batch_size,
             progress=progress and _shifted(progress, by=number * tokens, total=len(arms) * tokens),
