@@ -31,8 +31,9 @@ class Row:
         seed: Under which seed.
         domain: On which domain.
         split: ``heldout``.
-        metric: ``nll`` (nats a token), ``bits_per_byte``, ``routed_to_owner`` (share of the routed weight) or
-            ``routing_accuracy`` (share of the tokens whose largest weight is the owner's).
+        metric: ``nll`` (nats a token), ``bits_per_byte``, ``routed_to_owner`` (share of the routed weight),
+            ``routing_accuracy`` (share of the tokens whose largest weight is the owner's), ``owner_load`` (share of
+            the tokens that use the owner's expert at all) or ``router_entropy`` (nats, before selection).
         value: The number.
     """
 
@@ -60,6 +61,11 @@ def rows_of(arm: str, seed: int, evaluation: Evaluation, *, owners: Mapping[str,
             values["routed_to_owner"] = score.routing.get(owners[domain], 0.0)
         if score.sent and domain in owners:
             values["routing_accuracy"] = score.sent.get(owners[domain], 0.0)
+        if score.load and domain in owners:
+            used = (share for name, share in score.load.items() if name.startswith(f"{owners[domain]}/"))
+            values["owner_load"] = sum(used)
+        if score.router_entropy is not None:
+            values["router_entropy"] = score.router_entropy
         rows += [
             Row(arm=arm, seed=seed, domain=domain, split="heldout", metric=metric, value=value)
             for metric, value in values.items()
@@ -70,6 +76,8 @@ def rows_of(arm: str, seed: int, evaluation: Evaluation, *, owners: Mapping[str,
 _ROUTING_TABLES = {
     "Share of the routed weight that goes to the domain's owner": "routed_to_owner",
     "Routing accuracy, the share of a domain's tokens whose largest weight is the owner's": "routing_accuracy",
+    "Load, the share of a domain's tokens that use the owner's expert at all": "owner_load",
+    "Entropy of the router's distribution before selection, nats": "router_entropy",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,11 @@ def test_rows_of_an_evaluation() -> None:
     evaluation = Evaluation(
         opt_out=(),
         domains={
-            "python": _score(2.0, {"p": 0.75, "anchor": 0.25}, {"p": 0.9, "anchor": 0.1}),
+            "python": replace(
+                _score(2.0, {"p": 0.75, "anchor": 0.25}, {"p": 0.9, "anchor": 0.1}),
+                load={"anchor": 1.0, "p/code": 0.5, "p/more": 0.25, "pp/x": 0.25},
+                router_entropy=0.3,
+            ),
             "stories": _score(3.0, {"p": 1.0}),
         },
     )
@@ -54,6 +59,8 @@ def test_rows_of_an_evaluation() -> None:
         ("arm", 5, "python", "heldout", "bits_per_byte", 1.0),
         ("arm", 5, "python", "heldout", "routed_to_owner", 0.75),
         ("arm", 5, "python", "heldout", "routing_accuracy", 0.9),
+        ("arm", 5, "python", "heldout", "owner_load", 0.75),
+        ("arm", 5, "python", "heldout", "router_entropy", 0.3),
         ("arm", 5, "stories", "heldout", "nll", 3.0),
         ("arm", 5, "stories", "heldout", "bits_per_byte", 1.5),
     ]
