@@ -31,6 +31,7 @@ ARMS = PluginTable(
         "weighted_soup": "pipelines.experiments.arms:weighted_soup",
         "ties": "pipelines.experiments.arms:ties",
         "btm": "pipelines.experiments.arms:btm",
+        "btm_top2": "pipelines.experiments.arms:btm_top2",
         "prompt_router": "pipelines.experiments.arms:prompt_router",
         "btx_public": "pipelines.experiments.joint:btx_public",
         "btx_joint": "pipelines.experiments.joint:btx_joint",
@@ -39,6 +40,7 @@ ARMS = PluginTable(
         "unrestricted_frozen_trunk": "pipelines.experiments.joint:unrestricted_frozen_trunk",
         "pooled": "pipelines.experiments.joint:pooled",
         "paper": "pipelines.experiments.arms:paper",
+        "paper_embedding": "pipelines.experiments.embedded:paper_embedding",
         "paper_rt": "pipelines.experiments.joint:paper_rt",
         "paper_no_bias": "pipelines.experiments.arms:paper_no_bias",
         "paper_no_init": "pipelines.experiments.arms:paper_no_init",
@@ -46,6 +48,10 @@ ARMS = PluginTable(
         "ridge": "pipelines.experiments.arms:ridge",
         "low_rank": "pipelines.experiments.arms:low_rank",
         "coterie": "pipelines.experiments.arms:coterie",
+        "coterie_token": "pipelines.experiments.improvements:token_context",
+        "coterie_topp": "pipelines.experiments.improvements:top_p",
+        "coterie_anchor_prior": "pipelines.experiments.improvements:low_anchor_prior",
+        "coterie_coordinated": "pipelines.experiments.improvements:coordinated",
         "without": "pipelines.experiments.arms:without_each_owner",
         "oracle": "pipelines.experiments.arms:oracle",
     },
@@ -98,6 +104,11 @@ def ties(world: World) -> Results:
 def btm(world: World) -> Results:
     """Branch-Train-Merge: the experts' and the anchor's probabilities mixed by their likelihood of the text so far."""
     return {"btm": _baseline(world, "btm", anchor=True)}
+
+
+def btm_top2(world: World) -> Results:
+    """The same with the two likeliest at each position; who they are, all models must still be run to know."""
+    return {"btm_top2": _baseline(world, "btm", anchor=True, top_k=2)}
 
 
 def prompt_router(world: World) -> Results:
@@ -180,7 +191,10 @@ def _learned_arm(world: World, arm: str, names: Mapping[str, str]) -> Results:
 
 
 def paper(world: World) -> Results:
-    """Coordinated experts, rows from the domain, negative bias, no training together."""
+    """Coordinated experts, rows that start at the domain's mean FFN input, negative bias, no training together.
+
+    The paper starts rows at embeddings of the domain, which is the arm ``paper_embedding``.
+    """
     return _learned_arm(world, "paper", world.train("paper", **COORDINATED))
 
 
