@@ -20,6 +20,7 @@ def recompose(
     *,
     without: Collection[str] = (),
     opt_out: Collection[str] = (),
+    only: Collection[str] | None = None,
 ) -> Path:
     """Plan and build anew.
 
@@ -28,12 +29,13 @@ def recompose(
         out: The new folder.
         without: Owners whom the new manifest does not mention.
         opt_out: Owners whom the new manifest lists and opts out.
+        only: Names of the experts that the new manifest mentions; None: all.
 
     Returns:
         ``out``. Where nobody is left, the base stands in it alone, with an empty composition.
     """
     source = FolderSource(folder)
-    kept = [e for e in source.lock.experts if e.owner not in without]
+    kept = [e for e in source.lock.experts if e.owner not in without and (only is None or e.name in only)]
     if all(e.owner in opt_out for e in kept):
         return _base_alone(source, out)
     gone = {e.name for e in source.lock.experts} - {e.name for e in kept}

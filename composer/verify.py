@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from composer.lock import Lock
+from composer.lock import TUNED_FOLDER, Lock, LockedTuning
 from composer.recipes import RECIPES
 from experts.errors import OptOutError
 from experts.names import unknown_name
@@ -126,7 +126,30 @@ def _tuned_again(folder: Path, composed: Path, out: Path, owners: Collection[str
         return composed
     from composer.tuned import write_grown
 
-    return write_grown(folder, composed, out, tuned)
+    write_grown(folder, composed, out, tuned)
+    _compute_rows_again(folder, composed, out, tuned)
+    return out
+
+
+def _compute_rows_again(folder: Path, composed: Path, out: Path, tuned: LockedTuning) -> None:
+    """Replace rows of experts who joined after the tuning where they are not what they are without these owners."""
+    from safetensors.torch import load_file, save_file
+
+    from composer.upcycling.growth import recomputed_rows
+
+    recomputed = recomputed_rows(folder, composed, tuned.grown, scratch=out.with_name(f"{out.name}.grown"))
+    for rows in tuned.grown:
+        path = out / TUNED_FOLDER / rows.file.path
+        linked, anew = load_file(path), recomputed[rows.expert]
+        if not all(_same_row(row, anew[name]) for name, row in linked.items()):
+            path.unlink()  # the folder's own file is linked here
+            save_file(anew, path)
+
+
+def _same_row(linked: torch.Tensor, anew: torch.Tensor) -> bool:
+    """Whether rows are the same but for the last bits, which another machine may compute differently."""
+    largest = float(linked.abs().max())
+    return float((linked.float() - anew.float()).abs().max()) <= TOLERANCE * largest
 
 
 @contextmanager

@@ -5,11 +5,11 @@ Knows tuned tensors by name and rows by expert. What a row starts from is the ar
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from composer.lock import TUNED_FOLDER, Lock
+from composer.lock import TUNED_FOLDER, Lock, LockedRows
 from experts.names import unknown_name
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from composer.members import Members
     from composer.model import ComposedForCausalLM
 
-__all__ = ["NEW_ROWS", "NewRows", "growth_problems", "keep_tuning", "projected_row"]
+__all__ = ["NEW_ROWS", "NewRows", "growth_problems", "keep_tuning", "projected_row", "recomputed_rows"]
 
 NewRows = Literal["untuned", "embedding", "statistics"]
 """What a new expert's router row starts from where the others' rows were tuned. ``untuned``: what the composition's own
@@ -62,23 +62,96 @@ def keep_tuning(before: Path, plain: Path, out: Path, *, new_rows: NewRows) -> P
     Raises:
         BuildError: ``out`` cannot be written, or artefacts that ``new_rows`` needs are missing.
     """
-    from composer.loading import load
-    from composer.members import Members
     from composer.tuned import write_grown
 
     old, new = Lock.read(before), Lock.read(plain)
     assert old.tuned is not None, "growth_problems() was empty"
     there = [expert.name for expert in old.experts]
     joined = [expert.name for expert in new.experts if expert.name not in there]
-    members = Members.open(plain, new, without=())
-    model = load(plain) if new_rows == "untuned" else None
-    rows: dict[str, dict[str, Tensor]] = {expert: {} for expert in joined}
-    for name, known in _known_rows(before, old).items():
-        for expert in joined:
-            rows[expert][name] = _new_row(name, known, model, members, expert, new_rows).to(_dtype(known))
-    others = {"untuned": [], "embedding": there, "statistics": [e.name for e in new.experts]}[new_rows]
+    rows = _rows_beside(plain, joined, _known_rows(before, old), new_rows)
+    others = _sources(new, there, new_rows)
     beside = {expert: [name for name in others if name != expert] for expert in joined}
     return write_grown(before, plain, out, old.tuned, rows=rows, beside=beside, new_rows=new_rows)
+
+
+def recomputed_rows(
+    before: Path, composed: Path, grown: Sequence[LockedRows], *, scratch: Path
+) -> dict[str, dict[str, Tensor]]:
+    """Compute again, with nobody but those who are left, the router rows of experts that joined after a tuning.
+
+    Args:
+        before: The tuned folder; only rows that were tuned are read from it.
+        composed: The composition of those who are left, untuned.
+        grown: Whose rows, in the order in which they joined.
+        scratch: A folder for compositions as they were when an expert joined.
+
+    Returns:
+        Expert -> name of the router's rows -> its row ``(d,)``.
+    """
+    lock = Lock.read(before)
+    assert lock.tuned is not None, "it grew"
+    later = {rows.expert for rows in lock.tuned.grown}
+    known = {
+        name: {who: row for who, row in rows.items() if who not in later}
+        for name, rows in _known_rows(before, lock).items()
+    }
+    found: dict[str, dict[str, Tensor]] = {}
+    for number, rows in enumerate(grown):
+        # whoever came along in the same step had no row yet
+        together = {other.expert for other in grown if rows.expert in other.beside}
+        there = {
+            name: {who: row for who, row in known[name].items() if who not in together} for name in known
+        }
+        folder = _as_it_was(composed, rows, scratch / str(number))
+        found |= _rows_beside(folder, [rows.expert], there, cast("NewRows", rows.new_rows))
+        for name, row in found[rows.expert].items():
+            known[name][rows.expert] = row
+    return found
+
+
+def _as_it_was(composed: Path, rows: LockedRows, out: Path) -> Path:
+    """Return the composition of an expert and those its rows were computed from; any will do where there are none."""
+    from composer.recompose import recompose
+
+    names = {rows.expert, *rows.beside}
+    if not rows.beside or names == {expert.name for expert in Lock.read(composed).experts}:
+        return composed
+    out.parent.mkdir(exist_ok=True)
+    return recompose(composed, out, only=names)
+
+
+def _sources(lock: Lock, there: Sequence[str], new_rows: NewRows) -> Sequence[str]:
+    """Return the experts whose rows, artefacts or weights a new row is computed from, beside its own expert's."""
+    if new_rows == "embedding":
+        return there
+    everybody = [expert.name for expert in lock.experts]
+    return everybody if new_rows == "statistics" or _measured_on_everybody(lock) else []
+
+
+def _measured_on_everybody(lock: Lock) -> bool:
+    """Whether the composition's own rows are taken where all owners' weights are: in a model with a merged trunk."""
+    from composer.routing.scorers import SCORERS
+
+    merged = lock.upcycle is not None and lock.upcycle.trunk != "frozen"
+    return merged and bool(SCORERS.load(lock.router.scorer).from_prompts)
+
+
+def _rows_beside(
+    folder: Path, joined: Sequence[str], known: Mapping[str, Mapping[str, Tensor]], new_rows: NewRows
+) -> dict[str, dict[str, Tensor]]:
+    """Return the rows of new experts of an untuned composition, by expert and the name of the router's rows."""
+    from composer.loading import load
+    from composer.members import Members
+
+    members = Members.open(folder, Lock.read(folder), without=())
+    model = load(folder) if new_rows == "untuned" else None
+    return {
+        expert: {
+            name: _new_row(name, rows, model, members, expert, new_rows).to(_dtype(rows))
+            for name, rows in known.items()
+        }
+        for expert in joined
+    }
 
 
 def _known_rows(folder: Path, lock: Lock) -> dict[str, dict[str, Tensor]]:
@@ -165,9 +238,10 @@ def projected_row(embeddings: Any, rows: Any, new: Any, *, ridge: float = 0.1) -
 def _by_embedding(members: Members, known: Mapping[str, Tensor], expert: str) -> Any:
     import numpy as np
 
-    found = {member.locked.name: _artifacts(members, member).embedding for member in members.experts}
     from experts.errors import BuildError
 
+    published = {member.locked.name: _artifacts(members, member) for member in members.experts}
+    found = {who: artifacts.embedding for who, artifacts in published.items()}
     lacking = sorted(name for name in found if found[name] is None and (name in known or name == expert))
     if lacking:
         raise BuildError(
@@ -175,6 +249,13 @@ def _by_embedding(members: Members, known: Mapping[str, Tensor], expert: str) ->
             f"start of new rows ({', '.join(NEW_ROWS)})."
         )
     others = [name for name in known if name in found]
+    made = {name: published[name].info.embedding for name in [*others, expert]}
+    if len({info.digest for info in made.values()}) > 1:
+        shown = ", ".join(f"{name}: '{info.model}' ({info.digest[:12]})" for name, info in made.items())
+        raise BuildError(
+            f"The domain embeddings were made by different embedders ({shown}), so no row can be projected from them; "
+            f"use another start of new rows ({', '.join(NEW_ROWS)})."
+        )
     row = projected_row(
         [found[name] for name in others], [known[name].numpy() for name in others], found[expert]
     )

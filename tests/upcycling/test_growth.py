@@ -15,7 +15,7 @@ from composer.editing import add_experts, plan_change, remove_experts
 from composer.loading import load
 from composer.lock import Lock
 from composer.tuned import write_tuned
-from composer.upcycling.growth import projected_row
+from composer.upcycling.growth import projected_row, recomputed_rows
 from composer.verify import verify_optout
 from experts.errors import BuildError, PlanError
 from experts.routing_artifacts import EmbeddingInfo, RoutingArtifacts, RoutingInfo
@@ -30,7 +30,9 @@ def registry(pico: Any) -> Any:
     registry = pico.fresh_dense_library()
     for seed, (owner, embedding) in enumerate(EMBEDDINGS.items(), start=1):
         summed = pico.artifacts(seed=seed, layers=range(4), gate_layer=0, inputs=True)
-        info = RoutingInfo(inputs=summed.info.inputs, embedding=EmbeddingInfo(model="x", dim=3))
+        info = RoutingInfo(
+            inputs=summed.info.inputs, embedding=EmbeddingInfo(model="x", digest="e" * 64, dim=3)
+        )
         tensors = {name: tensor for name, tensor in summed.tensors.items() if name.startswith("inputs.")}
         tensors["embedding"] = np.array(embedding, dtype="f4")
         raw = pico.write_dense(pico.scratch("raw"), seed=seed)
@@ -312,3 +314,84 @@ def test_a_new_expert_brings_its_prompts(pico: Any, folder: Any) -> None:
     whole = folder("btx", **settings)
     assert Lock.read(path).experts == Lock.read(whole).experts
     assert torch.equal(_rows(load(path))["acme/dense"], _rows(load(whole))["acme/dense"])
+
+
+@pytest.fixture(scope="module")
+def prompted(pico: Any, folder: Any) -> Callable[[str], Path]:
+    """A tuned composition of bob alone whose rows come from prompts; acme joined afterwards, then zoe."""
+
+    def make(trunk: str) -> Path:
+        upcycle = {"trunk": trunk, "seed_expert": True}
+        model = load(folder("btx", experts=("bob/dense",), upcycle=upcycle, scorer="prompts"))
+        with torch.no_grad():
+            for layer in model.base.model.layers:
+                layer.mlp.router.scorer.rows.mul_(3.0)
+        settings = {"trained": "routers", "text_owners": [], "settings": {}, "dtype": torch.float32}
+        path = write_tuned(model, pico.scratch("tuned"), **settings)
+        for seed, name in ((1, "acme/dense"), (3, "zoe/dense")):
+            prompts = [pico.prompt(seed)]
+            add_experts(path, [name], registry=pico.dense_library(), prompts=prompts, new_rows="untuned")
+        return path
+
+    return lambda trunk: pico.once(lambda: make(trunk), "prompted", trunk)
+
+
+@pytest.mark.parametrize(
+    ("trunk", "acmes", "zoes"),
+    [("frozen", ("acme",), ("zoe",)), ("average", ("acme", "bob"), ("acme", "bob", "zoe"))],
+)
+def test_rows_name_everybody_whose_weights_they_were_measured_on(
+    prompted: Any, folder: Any, pico: Any, trunk: str, acmes: Any, zoes: Any
+) -> None:
+    """A merged trunk holds all owners, so what prompts are measured in does; a frozen one holds nobody."""
+    path, ids = prompted(trunk), pico.prompts()
+    lock = Lock.read(path)
+    assert lock.lineage["tuned/rows-acme--dense.safetensors"] == acmes
+    assert lock.lineage["tuned/rows-zoe--dense.safetensors"] == zoes
+    without = load(path, opt_out={"acme"})
+    removed = Path(shutil.copytree(path, pico.scratch("removed")))
+    remove_experts(removed, ["acme"])
+    kept = trunk == "frozen"
+    assert (Lock.read(removed).tuned is not None) == kept
+    # zoe's row is the one that a model without acme gives her
+    upcycle = {"trunk": trunk, "seed_expert": True}
+    never = load(folder("btx", experts=("bob/dense", "zoe/dense"), upcycle=upcycle, scorer="prompts"))
+    for model in (without, load(removed)):
+        assert torch.equal(_rows(model)["zoe/dense"], _rows(never)["zoe/dense"])
+        if not kept:
+            with torch.inference_mode():
+                assert torch.equal(model(ids).logits, never(ids).logits)
+
+
+def test_a_proof_computes_rows_of_late_experts_again(prompted: Any, pico: Any) -> None:
+    """A lock that hides whose weights a row was measured on does not pass: zoe's row then stays as acme made it."""
+    path = Path(shutil.copytree(prompted("average"), pico.scratch("hidden")))
+    assert all(row.passed for row in verify_optout(path, owner="acme"))
+    lock = Lock.read(path)
+    assert lock.tuned is not None
+    grown = tuple(rows.model_copy(update={"beside": ()}) for rows in lock.tuned.grown)
+    tuning = lock.tuned.model_copy(update={"grown": grown})
+    own = {f"tuned/{rows.file.path}": (rows.expert.partition("/")[0],) for rows in grown}
+    changed = lock.model_copy(update={"tuned": tuning, "lineage": {**lock.lineage, **own}})
+    (path / "composition.json").write_bytes(changed.to_bytes())
+    assert [(row.door, row.passed) for row in verify_optout(path, owner="acme")] == [
+        ("build", True),
+        ("load", False),
+    ]
+
+
+@pytest.mark.parametrize("new_rows", ["embedding", "statistics"])
+def test_rows_computed_again_are_the_same(tuned: Any, registry: Any, pico: Any, new_rows: Any) -> None:
+    """With everybody they came from there, in one step or in two."""
+    folder = tuned()
+    add_experts(folder, ["acme/known"], registry=registry, new_rows=new_rows)
+    add_experts(folder, ["acme/again"], registry=registry, new_rows=new_rows)
+    lock = Lock.read(folder)
+    assert lock.tuned is not None
+    found = recomputed_rows(folder, folder, lock.tuned.grown, scratch=pico.scratch("rows"))
+    model = load(folder)
+    for expert, rows in found.items():
+        for name, row in rows.items():
+            scorer = model.get_submodule(name.removesuffix(".rows"))
+            place = scorer.position[model.expert_names.index(expert) + 1]
+            assert torch.equal(scorer.rows[place], row)
