@@ -13,6 +13,7 @@ import typer
 
 from experts.errors import ManifestError
 from pipelines.cli.board import job_board
+from pipelines.cli.catalog import layer_ranges
 from pipelines.cli.errors import resumable, writing_to
 from pipelines.cli.options import JsonOption, RegistryOption, examples, open_registry
 from pipelines.cli.output import human_count, print_json, print_table
@@ -20,12 +21,14 @@ from pipelines.cli.output import human_count, print_json, print_table
 if TYPE_CHECKING:
     from pipelines.train import DomainJob
     from pipelines.train.hub import JobOutcome
+    from pipelines.train.planning import JobPlan
 
 __all__ = ["train"]
 
 EXAMPLES = examples(
     "coterie train job.yaml",
     "coterie train jobs/*.yaml --out trained",
+    "coterie train jobs/*.yaml --dry-run",
     "coterie train job.yaml --local --threads 2",
 )
 
@@ -54,6 +57,9 @@ def train(
             show_default=False,
         ),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be trained, and on which device; train nothing.")
+    ] = False,
     registry: RegistryOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -63,8 +69,13 @@ def train(
     few numbers. A job that was stopped resumes from its last checkpoint when it is started again.
     """
     from pipelines.train.hub import raise_failures, train_jobs
+    from pipelines.train.planning import plan_jobs
 
     loaded = _load(jobs)
+    if dry_run:
+        plans = plan_jobs(loaded, out_dir=out, registry=open_registry(context, registry))
+        print_json([plan.to_dict() for plan in plans]) if as_json else _print_plans(plans)
+        return
     with (
         writing_to(out),
         resumable("finished experts and the last checkpoints are kept; the same command goes on from there."),
@@ -104,6 +115,27 @@ def _load(paths: Sequence[Path]) -> list[DomainJob]:
     return loaded
 
 
+def _print_plans(plans: Sequence[JobPlan]) -> None:
+    print_table(
+        [
+            (
+                plan.name,
+                plan.kind,
+                plan.base,
+                layer_ranges(plan.layers),
+                plan.steps,
+                None if plan.tokens is None else human_count(plan.tokens),
+                "done already" if plan.finished else f"{plan.device}, {plan.dtype}",
+                plan.folder,
+            )
+            for plan in plans
+        ],
+        columns=("EXPERT", "KIND", "BASE", "LAYERS", "STEPS", "TOKENS", "DEVICE", "FOLDER"),
+        empty="No job.",
+        right=("STEPS", "TOKENS"),
+    )
+
+
 def _row(outcome: JobOutcome) -> dict[str, Any]:
     return {
         "name": outcome.name,
@@ -112,6 +144,7 @@ def _row(outcome: JobOutcome) -> dict[str, Any]:
         "message": outcome.message,
         "log": str(outcome.log),
         "scalars": dict(outcome.final.scalars),
+        "device": outcome.device,
     }
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from experts.errors import TrainingError
+from pipelines.devices import is_gpu
 from pipelines.train.agent_task import TaskRequest
 from pipelines.train.anchor import ResolvedBase
 from pipelines.train.finished import mark_finished
@@ -116,7 +117,7 @@ def _serve(orders: list[Order], *, hub: BinaryIO, folder: Path, threads: int, st
     try:
         from pipelines.train.ray_runner import OwnerRay
 
-        ray = OwnerRay(folder, cpus=threads)
+        ray = OwnerRay(folder, cpus=threads, gpus=int(any(is_gpu(order.job.device) for order in orders)))
     except BaseException as error:
         for number, order in enumerate(orders):
             send(number, Progress(name=order.job.name, stage="failed", error=error_name(error)))

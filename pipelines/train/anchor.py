@@ -21,6 +21,7 @@ from experts.errors import ManifestError
 from experts.fingerprint import tokenizer_fingerprint
 from experts.names import unknown_name
 from experts.routing_artifacts import RoutingArtifacts, RoutingInfo
+from pipelines.devices import has_bfloat16, is_gpu
 
 if TYPE_CHECKING:
     import torch
@@ -167,22 +168,26 @@ def _from_registry(name: str, *, registry: Registry, scratch: Path) -> ResolvedB
     )
 
 
-def load_anchor(base: ResolvedBase, *, dtype: str | None) -> tuple[nn.Module, Any]:
+def load_anchor(
+    base: ResolvedBase, *, dtype: str | None, device: torch.device | str = "cpu"
+) -> tuple[nn.Module, Any]:
     """Load model and tokenizer, frozen, in eval mode.
 
     Args:
         base: The anchor.
         dtype: ``float32`` or ``bfloat16``; None takes what `compute_dtype` says.
+        device: Where the model goes.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    chosen: torch.dtype = getattr(torch, dtype or compute_dtype(base.description))
+    chosen: torch.dtype = getattr(torch, dtype or compute_dtype(base.description, torch.device(device)))
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=chosen, local_files_only=True)
     model.requires_grad_(False)
     model.eval()
+    model.to(device)
     return model, AutoTokenizer.from_pretrained(base.folder, local_files_only=True)
 
 
@@ -199,14 +204,20 @@ def statistics_layer(job: DomainJob, base: ResolvedBase) -> int:
     return public.layer if public else num_layers // 2
 
 
-def compute_dtype(description: BaseDescription) -> str:
+def compute_dtype(description: BaseDescription, device: torch.device | None = None) -> str:
     """What to compute in: ``bfloat16`` if the anchor has it and it is fast here or too big otherwise, or ``float32``.
 
-    Without matrix units (AMX), bfloat16 products take 1.7 times as long as float32 ones [measured], and a
-    bfloat16 anchor is represented exactly in float32.
+    A GPU that has bfloat16 is fast with it. On a CPU without matrix units (AMX), bfloat16 products take 1.7 times as
+    long as float32 ones [measured], and a bfloat16 anchor is represented exactly in float32.
+
+    Args:
+        description: The anchor.
+        device: Where; None: a CPU.
     """
     if description.dtype != "BF16":
         return "float32"
+    if device is not None and is_gpu(device):
+        return "bfloat16" if has_bfloat16(device) else "float32"
     parameters = sum(math.prod(spec.shape) for spec in description.tensors.values())
     return "bfloat16" if _has_matrix_units() or 4 * parameters > _FLOAT32_LIMIT else "float32"
 

@@ -41,14 +41,20 @@ class TrainingState:
 def save_checkpoint(
     path: Path, *, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, state: TrainingState
 ) -> None:
-    """Store parameters, AdamW's moments and torch's random state (uint8)."""
+    """Store parameters, AdamW's moments and torch's random state (uint8), in the CPU's form.
+
+    Where parameters are on a GPU, its random state is stored too.
+    """
     tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
+    if gpu := _gpu(parameters):
+        tensors["rng.gpu"] = torch.cuda.get_rng_state(gpu)
     for number, parameter in enumerate(parameters):
         tensors[f"parameter.{number}"] = parameter.detach()
         if parameter not in optimizer.state:  # it had no gradient yet: nobody was routed to it
             continue
         for moment in _MOMENTS:
             tensors[f"{moment}.{number}"] = optimizer.state[parameter][moment]
+    tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
     write_atomic(path, save(tensors, metadata={"state": json.dumps(asdict(state))}))
 
 
@@ -78,4 +84,12 @@ def load_checkpoint(
                         for moment in _MOMENTS
                     }
         torch.set_rng_state(file.get_tensor("rng"))
+        gpu = _gpu(parameters)
+        if gpu and "rng.gpu" in names:
+            torch.cuda.set_rng_state(file.get_tensor("rng.gpu"), gpu)
     return state
+
+
+def _gpu(parameters: Sequence[nn.Parameter]) -> torch.device | None:
+    """The GPU that trains, if one does."""
+    return next((parameter.device for parameter in parameters if parameter.is_cuda), None)

@@ -34,7 +34,7 @@ class DenseRun:
     Args:
         job: What to train, of a kind whose trainer is a `ModelTrainer`.
         base: The anchor.
-        model: The anchor's model with float32 parameters; trained in place.
+        model: The anchor's model with float32 parameters, on the device that is trained on; trained in place.
         corpus: The windows.
         dtype: What products are computed in, ``float32`` or ``bfloat16``.
     """
@@ -51,7 +51,8 @@ class DenseRun:
         assert isinstance(trainer, ModelTrainer), "the worker asked"
         self.trainer = trainer
         self._model = model
-        self._ids = corpus.ids
+        self._device = next(model.parameters()).device
+        self._ids = corpus.ids.to(self._device)
         self._dtype = getattr(torch, dtype)
         self._layer = statistics_layer(job, base)
         self._statistics = StatisticsSum(
@@ -99,7 +100,7 @@ class DenseRun:
 
     def _logits(self, ids: Tensor) -> Tensor:
         mixed = self._dtype != torch.float32
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
+        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=mixed):
             logits: Tensor = self._model(input_ids=ids, use_cache=False).logits
         return logits[:, :-1].float()
 
@@ -108,7 +109,7 @@ class DenseRun:
         """Mean negative log-likelihood of the held-out windows, nats a token; None without any."""
         if self.corpus.held_out is None:
             return None
-        ids = torch.from_numpy(self.corpus.held_out.ids).long()
+        ids = torch.from_numpy(self.corpus.held_out.ids).long().to(self._device)
         total = 0.0
         for batch in torch.split(ids, self.job.batch_size):
             logits = self._logits(batch)
@@ -116,7 +117,8 @@ class DenseRun:
         return total / (ids.shape[0] * (ids.shape[1] - 1))
 
     def write(self, folder: Path) -> RoutingInfo | None:
-        """Write the model and its statistics into an empty folder."""
+        """Write the model and its statistics into an empty folder; the model is on the CPU afterwards."""
+        self._model.cpu()
         dtype = _TORCH_DTYPES[self.base.description.dtype]
         self.trainer.write(folder, self._model, anchor=self.base.folder, dtype=dtype)
         total = self._statistics.total

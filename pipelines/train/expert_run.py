@@ -49,7 +49,7 @@ class ExpertRun:
     Args:
         job: What to train.
         base: The anchor.
-        model: The anchor's model, frozen; changed in place by `attach`.
+        model: The anchor's model, frozen, on the device that is trained on; changed in place by `attach`.
         corpus: The windows.
     """
 
@@ -62,8 +62,9 @@ class ExpertRun:
         assert isinstance(trainer, ExpertTrainer), "the worker asked"
         self.trainer = trainer
         self._model = model
-        self._ids = corpus.ids
         self._split = SplitDecoder(model, layers_prefix=base.description.layers_prefix, first=self.layers[0])
+        self._device = self._split.device
+        self._ids = corpus.ids.to(self._device)
         self.cached = self._split.agrees(self._ids[:1])
         self._cache = StateCache(
             self._split, self._ids, limit_bytes=int(job.cache_gigabytes * 1e9), usable=self.cached
@@ -94,7 +95,10 @@ class ExpertRun:
             yield part.stop
 
     def attach(self) -> None:
-        """Put the trainable FFNs into the model, inside mixtures where the job coordinates."""
+        """Put the trainable FFNs into the model, inside mixtures where the job coordinates.
+
+        What is drawn at random is drawn on the CPU, so that training starts at the same place on every device.
+        """
         generator = torch.Generator().manual_seed(self.job.seed)
         description = self.base.description
         names = {
@@ -104,7 +108,7 @@ class ExpertRun:
         self._linears = attach(
             self._model,
             names,
-            wrap=lambda linear: self.trainer.wrap(linear, generator=generator),
+            wrap=lambda linear: self.trainer.wrap(linear, generator=generator).to(self._device),
             combine=combine,
         )
 
@@ -124,7 +128,7 @@ class ExpertRun:
             mixture = CoordinatedFFN(
                 ffn, own=twin, public_row=rows.public[layer], own_row=rows.own[layer], bias=negative
             )
-            self._mixtures[layer] = mixture
+            self._mixtures[layer] = mixture.to(self._device)
             return mixture
 
         self._embedding = rows.embedding
@@ -167,14 +171,14 @@ class ExpertRun:
     def _router_loss(self, is_own: Tensor) -> Tensor:
         """Mean over layers of the z-loss and of the own-against-public cross-entropy of the rows."""
         z_weight, bce_weight = self.job.coordination.router_z_loss, self.job.row_negatives
-        total = torch.zeros(())
+        total = torch.zeros((), device=self._device)
         for mixture in self._mixtures.values():
             gate = mixture.last_logits
             assert gate is not None
             total = total + z_weight * gate.logsumexp(dim=-1).square().mean()
             if bce_weight:
                 margin = gate[..., 1] - gate[..., 0]
-                target = is_own[:, None].expand_as(margin).to(margin.dtype)
+                target = is_own.to(margin.device, margin.dtype)[:, None].expand_as(margin)
                 total = total + bce_weight * F.binary_cross_entropy_with_logits(margin, target)
             mixture.last_logits = None
         return total / max(1, len(self._mixtures))
@@ -184,7 +188,7 @@ class ExpertRun:
         """Mean negative log-likelihood of the held-out windows, nats a token; None without any."""
         if self.corpus.held_out is None:
             return None
-        ids = torch.from_numpy(self.corpus.held_out.ids).long()
+        ids = torch.from_numpy(self.corpus.held_out.ids).long().to(self._device)
         if self._held_out_states is None and self.cached and self._split.first:
             self._held_out_states = self._split.lower(ids)
         total = 0.0
@@ -198,7 +202,12 @@ class ExpertRun:
         return total / (ids.shape[0] * (ids.shape[1] - 1))
 
     def write(self, folder: Path) -> RoutingInfo | None:
-        """Write the expert's files and its routing artefacts into an empty folder."""
+        """Write the expert's files and its routing artefacts into an empty folder, from the CPU's form of the tensors.
+
+        The run is over then: what was trained is on the CPU.
+        """
+        for module in (*self._linears.values(), *self._mixtures.values()):
+            module.cpu()
         context = WriteContext(
             base_name=self.base.ref.name,
             layers_prefix=self.base.description.layers_prefix,

@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Literal
 
 import psutil
 
-from experts.errors import CoterieError, ManifestError, StartError, TrainingError
-from pipelines.train.anchor import ResolvedBase, resolve_base
+from experts.errors import CoterieError, StartError, TrainingError
 from pipelines.train.finished import is_finished, mark_finished
 from pipelines.train.job import DomainJob
+from pipelines.train.planning import Task, check_names, prepare
 from pipelines.train.progress import Progress, ProgressFn, error_name
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class JobOutcome:
         message: What went wrong, where the job ran in this process or never began; None where it ran sealed.
         log: The owner's full log.
         final: The last report.
+        device: Where it was computed; None where the expert was there already.
     """
 
     name: str
@@ -64,6 +65,7 @@ class JobOutcome:
     message: str | None
     log: Path
     final: Progress
+    device: str | None = None
 
 
 def raise_failures(outcomes: Sequence[JobOutcome]) -> None:
@@ -77,14 +79,6 @@ def raise_failures(outcomes: Sequence[JobOutcome]) -> None:
                 for outcome in failed
             ],
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Task:
-    job: DomainJob
-    base: ResolvedBase
-    out: Path
-    version: int
 
 
 def train_jobs(
@@ -113,47 +107,21 @@ def train_jobs(
         One outcome a job, in their order.
 
     Raises:
-        CoterieError: Before anything starts: a job's base, layers, card or output folder is not usable.
+        CoterieError: Before anything starts: a job's device, base, layers, card or output folder is not usable.
         KeyboardInterrupt: After all agents have stored checkpoints and stopped.
     """
     with ExitStack() as stack:
-        _check_names(jobs)
+        check_names(jobs)
         finished = [job for job in jobs if is_finished(job, out=out_dir / job.name)]
         kept = [_kept(job, out_dir=out_dir, progress=progress) for job in finished]
         pending = [job for job in jobs if job not in finished]
-        tasks = _prepare(pending, out_dir=out_dir, registry=registry, stack=stack)
+        tasks = prepare(pending, out_dir=out_dir, registry=registry, stack=stack)
         if runner == "local":
             trained = [_run_here(task, progress=progress, threads=threads) for task in tasks]
         else:
             trained = _run_agents(tasks, progress=progress, threads=threads)
     outcomes = {outcome.name: outcome for outcome in [*kept, *trained]}
     return [outcomes[job.name] for job in jobs]
-
-
-def _check_names(jobs: Sequence[DomainJob]) -> None:
-    if not jobs:
-        raise ManifestError("There is no job to train. Name one job file at least.")
-    names = [job.name for job in jobs]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ManifestError(f"Several jobs train {', '.join(twice)}. Give each expert a name of its own.")
-
-
-def _prepare(
-    jobs: Sequence[DomainJob], *, out_dir: Path, registry: Registry | None, stack: ExitStack
-) -> list[_Task]:
-    """Check everything that can be known before the first process starts."""
-    from pipelines.train.worker import check_job
-
-    bases: dict[str, ResolvedBase] = {}
-    tasks = []
-    for job in jobs:
-        if job.base not in bases:
-            bases[job.base] = stack.enter_context(resolve_base(job.base, registry=registry))
-        out = out_dir.absolute() / job.name
-        version = registry.next_version(job.name) if registry else 1
-        check_job(job, base=bases[job.base], version=version, out=out)
-        tasks.append(_Task(job=job, base=bases[job.base], out=out, version=version))
-    return tasks
 
 
 def _kept(job: DomainJob, *, out_dir: Path, progress: ProgressFn | None) -> JobOutcome:
@@ -170,7 +138,7 @@ def _kept(job: DomainJob, *, out_dir: Path, progress: ProgressFn | None) -> JobO
     )
 
 
-def _run_here(task: _Task, *, progress: ProgressFn | None, threads: int | None) -> JobOutcome:
+def _run_here(task: Task, *, progress: ProgressFn | None, threads: int | None) -> JobOutcome:
     from pipelines.train.worker import train_job
 
     latest = Progress(name=task.job.name)
@@ -200,6 +168,7 @@ def _run_here(task: _Task, *, progress: ProgressFn | None, threads: int | None) 
         message=str(error) if error else None,
         log=task.job.log_path,
         final=latest,
+        device=task.device,
     )
 
 
@@ -207,7 +176,7 @@ def _run_here(task: _Task, *, progress: ProgressFn | None, threads: int | None) 
 class _Agent:
     """The hub's side of one owner's process."""
 
-    tasks: list[_Task]
+    tasks: list[Task]
     folder: Path
     process: subprocess.Popen[bytes]
     latest: list[Progress]
@@ -258,15 +227,15 @@ class _Agent:
                 continue
 
 
-def _by_owner(tasks: Sequence[_Task]) -> dict[str, list[_Task]]:
-    owners: dict[str, list[_Task]] = {}
+def _by_owner(tasks: Sequence[Task]) -> dict[str, list[Task]]:
+    owners: dict[str, list[Task]] = {}
     for task in tasks:
         owners.setdefault(task.job.owner, []).append(task)
     return owners
 
 
 def _run_agents(
-    tasks: Sequence[_Task], *, progress: ProgressFn | None, threads: int | None
+    tasks: Sequence[Task], *, progress: ProgressFn | None, threads: int | None
 ) -> list[JobOutcome]:
     if not tasks:
         return []
@@ -281,7 +250,7 @@ def _run_agents(
     return [outcomes[task.job.name] for task in tasks]
 
 
-def _start_agent(tasks: list[_Task], *, threads: int) -> _Agent:
+def _start_agent(tasks: list[Task], *, threads: int) -> _Agent:
     # a short name directly under the temporary folder: Ray's sockets live below it, and a socket's path may
     # not exceed 107 bytes
     folder = Path(tempfile.mkdtemp(prefix="coterie-"))
@@ -295,7 +264,8 @@ def _start_agent(tasks: list[_Task], *, threads: int) -> _Agent:
     request = {
         "orders": [
             {
-                "job": task.job.model_dump_json(),
+                # the device as it was found, so that the owner's processes mean the same one
+                "job": task.job.model_copy(update={"device": task.device}).model_dump_json(),
                 "base": task.base.to_json(),
                 "out": str(task.out),
                 "version": task.version,
@@ -366,4 +336,5 @@ def _outcomes(agent: _Agent) -> Iterator[JobOutcome]:
             message=None if begun else _NOT_STARTED,
             log=log if begun and log.exists() else agent.tasks[0].job.agent_log_path,
             final=final,
+            device=task.device,
         )

@@ -23,6 +23,7 @@ from pydantic import (
 from experts.errors import CoterieError, ManifestError
 from experts.names import check_expert_name
 from experts.strict import load_yaml, validate
+from pipelines.devices import DeviceName
 from pipelines.train.job_card import card_settings
 from pipelines.train.job_checks import problems_together
 from pipelines.train.job_settings import (
@@ -121,8 +122,11 @@ class DomainJob(JobSettings):
     """Steps of linear warm-up."""
     grad_clip: Number = Field(default=1.0, ge=0)
     """Largest norm of the gradient; 0 does not clip."""
+    device: DeviceName = "auto"
+    """Where it is computed: ``auto``, a GPU where torch has one, else the CPU; ``cpu``; ``cuda``; ``cuda:1``. What is
+    written is the same kind of file wherever it was computed. Retrievers are trained on the CPU."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """What the frozen anchor computes in; by default the faster one on this machine that represents it exactly.
+    """What the frozen anchor computes in; by default the faster one on this device that represents it exactly.
     What is trained is float32 until the expert is written, in the anchor's own dtype."""
     seed: Integer = Field(default=0, ge=0, lt=1 << 32)
     """Decides the windows, their order and the starting matrices."""
@@ -307,6 +311,7 @@ class DomainJob(JobSettings):
             "data",
             "public",
             "workdir",
+            "device",
             "checkpoint_every",
             "description",
             "data_statement",

@@ -68,6 +68,8 @@ def _retrieval_problems(job: DomainJob) -> list[str]:
     idle = [name for name in LANGUAGE_FIELDS if getattr(job, name) != fields[name].default]
     problems = [f"{', '.join(idle)}: not for retrievers; leave them out"] if idle else []
     problems += _query_noise_problems(job)
+    if job.device not in ("auto", "cpu"):
+        problems.append("device: retrievers are trained on the CPU; leave it out")
     if isinstance(job.held_out, Path):
         problems.append("held_out must be a share for retrievers")
     return problems

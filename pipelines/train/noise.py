@@ -130,7 +130,7 @@ class Contributions:
         self.documents += 1
         if not len(states):
             return
-        x = normalised(states, self.normalization).double().numpy() - self.public.mean
+        x = normalised(states, self.normalization).double().cpu().numpy() - self.public.mean
         self.mean += _bounded(x.mean(axis=0), self.clip_norm)
         if self.second is not None:
             self.second += _bounded(x.T @ x / len(x), self.second_clip_norm)

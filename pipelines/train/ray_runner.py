@@ -34,6 +34,7 @@ _ENVIRONMENT = {
     "RAY_TASK_MAX_RETRIES": "0",
     "RAY_enable_worker_prestart": "0",
     "RAY_LOG_TO_STDERR": "0",
+    "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",  # a job's cuda:1 stays what it is to the hub
     "RAY_gcs_server_port_wait_time_s": "120",  # Ray's own limit is 30 s, which a busy machine exceeds
 }
 
@@ -59,12 +60,14 @@ class OwnerRay:
     Args:
         folder: An existing folder of mode 0700 with a short path (Ray puts Unix sockets into it).
         cpus: How many cores Ray may use.
+        gpus: How many GPUs Ray may count on; each task takes all of them. Which one it computes on the task says, and
+            several owners may share one: their Rays know nothing of each other.
 
     Raises:
         StartError: Ray did not start, tried several times.
     """
 
-    def __init__(self, folder: Path, *, cpus: int) -> None:
+    def __init__(self, folder: Path, *, cpus: int, gpus: int = 0) -> None:
         token = folder / "token"
         with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_hex(32))
@@ -80,7 +83,7 @@ class OwnerRay:
         self._start(
             address="local",
             num_cpus=cpus,
-            num_gpus=0,
+            num_gpus=gpus,
             include_dashboard=False,
             log_to_driver=False,
             configure_logging=False,
@@ -90,7 +93,7 @@ class OwnerRay:
             _node_ip_address="127.0.0.1",
         )
         self._task: Any = ray.remote(
-            num_cpus=cpus, max_retries=0, retry_exceptions=False, max_calls=1, runtime_env={}
+            num_cpus=cpus, num_gpus=gpus, max_retries=0, retry_exceptions=False, max_calls=1, runtime_env={}
         )(_run_sealed)
 
     def _start(self, **settings: Any) -> None:

@@ -41,7 +41,7 @@ def sum_inputs(model: nn.Module, ids: Tensor, *, base: BaseDescription, attentio
 
     Args:
         model: A causal LM of the base's class.
-        ids: int64 ``(windows, length)``.
+        ids: int64 ``(windows, length)``, on any device.
         base: Says where FFNs and attention are.
         attention: Whether attention is routed too.
 
@@ -68,7 +68,7 @@ def sum_inputs(model: nn.Module, ids: Tensor, *, base: BaseDescription, attentio
     ]
     try:
         with torch.no_grad():
-            for batch in torch.split(ids, _BATCH):
+            for batch in torch.split(ids.to(next(model.parameters()).device), _BATCH):
                 model(input_ids=batch, use_cache=False)
     finally:
         for handle in handles:

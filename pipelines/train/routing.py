@@ -38,7 +38,7 @@ INFO_FILE = "routing.json"
 
 
 class StatisticsSum:
-    """Adds up n, the sum of x and the sum of x xT over batches of states, in float64.
+    """Adds up n, the sum of x and the sum of x xT over batches of states, in float64, on the device of the states.
 
     Args:
         normalization: ``rms``: each state is divided by its root mean square, ``x / sqrt(mean(x^2) + 1e-6)``.
@@ -55,7 +55,7 @@ class StatisticsSum:
         kept = states[:, 1:] if self.skip_first else states
         wide = normalised(kept.reshape(-1, kept.shape[-1]), self.normalization).double()
         part = Statistics(
-            count=float(len(wide)), sum=wide.sum(dim=0).numpy(), scatter=(wide.T @ wide).numpy()
+            count=float(len(wide)), sum=wide.sum(dim=0).cpu().numpy(), scatter=(wide.T @ wide).cpu().numpy()
         )
         self.total = part if self.total is None else self.total + part
 
@@ -92,6 +92,7 @@ def public_routing(
     windows: int = 256,
     seed: int = 0,
     dtype: str | None = None,
+    device: str = "auto",
 ) -> Path:
     """Write the routing artefact of PUBLIC text, which a builder attaches to a base.
 
@@ -111,19 +112,23 @@ def public_routing(
         windows: At most this many windows are used.
         seed: Decides which.
         dtype: Precision of the anchor.
+        device: Where it runs: ``auto``, ``cpu``, ``cuda``, ``cuda:1``.
 
     Returns:
         ``out``.
 
     Raises:
+        ManifestError: There is no such device here.
         DataError: ``out`` exists, or the text does not fill one window.
         TrainingError: A layer does not exist.
     """
+    from pipelines.devices import find_device
     from pipelines.train.anchor import ResolvedBase, load_anchor, resolve_base
     from pipelines.train.windows import make_windows
 
     if out.exists():
         raise DataError(f"'{out}' exists already. Choose another folder, or remove it.")
+    found_device = find_device(device)
     if not isinstance(base, ResolvedBase):
         with resolve_base(Path(base)) as resolved:
             base = resolved
@@ -132,7 +137,7 @@ def public_routing(
         raise TrainingError(
             f"layer {wanted} does not exist; the base has layers 0 to {base.description.num_layers - 1}."
         )
-    model, tokenizer = load_anchor(base, dtype=dtype)
+    model, tokenizer = load_anchor(base, dtype=dtype, device=found_device)
     chosen = make_windows(
         texts, tokenizer, sequence_length=sequence_length, limit=windows, seed=seed, what="the public text"
     )

@@ -51,7 +51,7 @@ def ffn_input_rows(
         batch_size: Windows run at once.
 
     Returns:
-        ``(hidden,)`` float32 by layer; its length is `ROW_NORM` over the inputs' root mean square.
+        ``(hidden,)`` float32 by layer, on the CPU; its length is `ROW_NORM` over the inputs' root mean square.
     """
     sums: dict[int, Tensor] = {}
     squares = dict.fromkeys(ffns, 0.0)
@@ -60,7 +60,7 @@ def ffn_input_rows(
     def keep(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].reshape(-1, inputs[0].shape[-1]).double()
-            sums[layer] = sums.get(layer, torch.zeros(x.shape[-1], dtype=torch.float64)) + x.sum(dim=0)
+            sums[layer] = sums.get(layer, x.new_zeros(x.shape[-1])) + x.sum(dim=0)
             squares[layer] += float(x.square().mean(dim=-1).sum())
 
         return hook
@@ -76,7 +76,7 @@ def ffn_input_rows(
         for handle in handles:
             handle.remove()
     return {
-        layer: (total / total.norm() * ROW_NORM / (squares[layer] / count) ** 0.5).float()
+        layer: (total / total.norm() * ROW_NORM / (squares[layer] / count) ** 0.5).float().cpu()
         for layer, total in sums.items()
     }
 

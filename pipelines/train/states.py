@@ -82,6 +82,11 @@ class SplitDecoder:
         self._replay = Replay(self.layers[first - 1]) if first else None
         self._skips = [Skip(layer) for layer in self.layers]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
     @contextmanager
     def _only(self, layers: list[nn.Module]) -> Iterator[None]:
         whole = getattr(self._decoder, self._attribute)
@@ -96,11 +101,12 @@ class SplitDecoder:
         """Hidden states entering layer ``first``.
 
         Args:
-            ids: ``(batch, sequence)`` int64.
+            ids: ``(batch, sequence)`` int64, on any device.
 
         Returns:
-            ``(batch, sequence, hidden)`` in the model's dtype.
+            ``(batch, sequence, hidden)`` in the model's dtype, on its device.
         """
+        ids = ids.to(self.device)
         parts = [*self.layers[: self.first], self._record, *self._skips[self.first + 1 :]]
         with self._only(parts):
             self._decoder(input_ids=ids, use_cache=False)
@@ -112,13 +118,14 @@ class SplitDecoder:
         """Logits of the whole model, or of its upper layers on stored states.
 
         Args:
-            ids: ``(batch, sequence)`` int64.
+            ids: ``(batch, sequence)`` int64, on any device.
             states: ``(batch, sequence, hidden)`` that entered layer ``first`` for the same ids; None runs all
                 layers.
 
         Returns:
-            ``(batch, sequence, vocabulary)`` in the model's dtype.
+            ``(batch, sequence, vocabulary)`` in the model's dtype, on its device.
         """
+        ids = ids.to(self.device)
         if states is None or self._replay is None:
             result: Tensor = self.model(input_ids=ids, use_cache=False).logits
             return result
@@ -145,6 +152,8 @@ class SplitDecoder:
 
 class StateCache:
     """Hidden states entering the first trained layer, for numbered windows, kept in memory as far as they fit.
+
+    They stay on the device that computed them.
 
     Args:
         split: The decoder, cut at the first trained layer.
@@ -178,7 +187,7 @@ class StateCache:
         if self._states is None:
             per_window = states[0].numel() * states.element_size()
             room = min(len(self.ids), self._limit // per_window)
-            self._states = torch.empty(room, *states.shape[1:], dtype=states.dtype)
+            self._states = torch.empty(room, *states.shape[1:], dtype=states.dtype, device=states.device)
         if part.stop <= len(self._states):
             self._states[part] = states
             self.filled = part.stop

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experts.errors import CoterieError, TrainingError
+from pipelines.devices import check_bfloat16, deterministic, find_device, is_gpu
 from pipelines.train.anchor import (
     ResolvedBase,
     compute_dtype,
@@ -26,6 +27,8 @@ from pipelines.train.noisy_statistics import check_public_statistics
 from pipelines.train.progress import Progress, ProgressFn
 
 if TYPE_CHECKING:
+    import torch
+
     from experts.card import TrainingInfo
     from pipelines.train.dense_run import DenseRun
     from pipelines.train.expert_run import ExpertRun
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
     from pipelines.train.retriever_run import RetrieverRun
     from registry import Registry
 
-__all__ = ["check_job", "train_job"]
+__all__ = ["check_device", "check_job", "train_job"]
 
 
 _CARD_METRICS = ("held_out_nll", "anchor_held_out_nll", "held_out_ndcg10", "base_held_out_ndcg10")
@@ -91,10 +94,11 @@ def train_job(
         ``out``, ready for `Registry.register`.
 
     Raises:
-        CoterieError: ``out`` exists, the job is running already, the base or the text is not usable.
-        TrainingError: The loss stopped being finite.
+        CoterieError: ``out`` exists, the job is running already, the device, the base or the text is not usable.
+        TrainingError: The loss stopped being finite, or the GPU's memory is too small.
         KeyboardInterrupt: Passed on, after a checkpoint.
     """
+    device = check_device(job)
     if workdir is not None:
         job = job.model_copy(update={"workdir": workdir})
     if version is None:
@@ -106,13 +110,44 @@ def train_job(
         base = base or stack.enter_context(resolve_base(job.base, registry=registry))
         check_job(job, base=base, version=version, out=out)
         stack.enter_context(_threads(threads))
-        run = _train(job, base=base, report=report) if job.retrieval is None else _retrieve(job, base, report)
+        stack.enter_context(_enough_memory(device))
+        stack.enter_context(deterministic(device))
+        run = (
+            _train(job, base=base, device=device, report=report)
+            if job.retrieval is None
+            else _retrieve(job, base, report)
+        )
         report("packing", force=True)
         _publish(job, run=run, base=base, version=version, out=out, metrics=report.scalars)
         for checkpoint in job.directory.glob("checkpoint-*.safetensors"):
             checkpoint.unlink()
     report("done", force=True)
     return out
+
+
+def check_device(job: DomainJob) -> torch.device:
+    """Return the device that a job is trained on; that of a retriever is the CPU.
+
+    Raises:
+        ManifestError: It is not there, or cannot compute in the job's dtype.
+    """
+    device = find_device("cpu" if job.retrieval is not None else job.device)
+    check_bfloat16(job.dtype, device)
+    return device
+
+
+@contextmanager
+def _enough_memory(device: torch.device) -> Iterator[None]:
+    """Say what to do where a GPU's memory is too small."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise TrainingError(
+            f"The memory of {device} is too small. Lower batch_size, sequence_length or cache_gigabytes, train fewer "
+            "owners at once, or write device: cpu."
+        ) from None
 
 
 def _retrieve(job: DomainJob, base: ResolvedBase, report: _Reporter) -> RetrieverRun:
@@ -152,16 +187,19 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _checkpoint_path(job: DomainJob, *, base: ResolvedBase, corpus_digest: str) -> Path:
-    """A name of its own for each combination of job, anchor and text, so that nothing foreign is resumed."""
+def _checkpoint_path(job: DomainJob, *, base: ResolvedBase, corpus_digest: str, device: torch.device) -> Path:
+    """A name of its own for each combination of job, anchor, text and device, so that nothing foreign is resumed."""
     import hashlib
 
     routing = base.routing_info.model_dump_json() if base.routing_info else ""
-    key = "|".join([job.digest(), base.ref.fingerprint, routing, corpus_digest])
+    where = ["gpu"] if is_gpu(device) else []  # the last bits differ; which GPU it is does not matter
+    key = "|".join([job.digest(), base.ref.fingerprint, routing, corpus_digest, *where])
     return job.directory / f"checkpoint-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
 
 
-def _train(job: DomainJob, *, base: ResolvedBase, report: _Reporter) -> ExpertRun | DenseRun:
+def _train(
+    job: DomainJob, *, base: ResolvedBase, device: torch.device, report: _Reporter
+) -> ExpertRun | DenseRun:
     import torch
 
     from pipelines.train.corpus import read_corpus
@@ -172,9 +210,9 @@ def _train(job: DomainJob, *, base: ResolvedBase, report: _Reporter) -> ExpertRu
 
     torch.manual_seed(job.seed)
     report("loading", steps=job.steps)
-    dtype = job.dtype or compute_dtype(base.description)
+    dtype = job.dtype or compute_dtype(base.description, device)
     whole = issubclass(get_trainer(job.kind), ModelTrainer)
-    model, tokenizer = load_anchor(base, dtype="float32" if whole else dtype)
+    model, tokenizer = load_anchor(base, dtype="float32" if whole else dtype, device=device)
     report("reading")
     corpus = read_corpus(job, tokenizer)
     report("states", tokens=0, documents=corpus.own.documents)
@@ -188,7 +226,7 @@ def _train(job: DomainJob, *, base: ResolvedBase, report: _Reporter) -> ExpertRu
         report("states", tokens=done * job.sequence_length)
     before = run.held_out_nll()
     run.attach()
-    checkpoint = _checkpoint_path(job, base=base, corpus_digest=dtype + corpus.digest())
+    checkpoint = _checkpoint_path(job, base=base, corpus_digest=dtype + corpus.digest(), device=device)
     result = _loop(job, run=run, checkpoint=checkpoint, anchor_nll=before, report=report)
     report("training", force=True, held_out_nll=run.held_out_nll(), loss=result.loss)
     return run

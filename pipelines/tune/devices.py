@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from experts.errors import ManifestError
+from pipelines.devices import check_bfloat16, find_device, has_bfloat16
 
 __all__ = ["OneDevice", "SeveralDevices", "compute_dtype", "find_devices"]
 
@@ -23,15 +24,16 @@ class OneDevice:
 
     Args:
         name: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ...
+
+    Raises:
+        ManifestError: There is no such device here.
     """
 
     count = 1
     is_main = True
 
     def __init__(self, name: str = "auto") -> None:
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(name)
+        self.device = find_device(name)
 
     def share(self, windows: Tensor) -> Tensor:
         """Return this process's part of a step's windows ``(batch,)``."""
@@ -92,7 +94,7 @@ def find_devices(name: str, *, batch_size: int) -> OneDevice:
     """Return the one device that is named, or, in a process that was launched with others, its part of all.
 
     Raises:
-        ManifestError: The batch cannot be shared out evenly.
+        ManifestError: There is no such device here, or the batch cannot be shared out evenly.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return OneDevice(name)
@@ -111,10 +113,8 @@ def compute_dtype(wanted: str | None, device: torch.device) -> torch.dtype:
     Raises:
         ManifestError: bfloat16 is wanted and the device has none.
     """
-    has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported()
-    if wanted == "bfloat16" and not has_bfloat16:
-        raise ManifestError(f"dtype: {device} has no bfloat16; leave dtype out or write float32.")
+    check_bfloat16(wanted, device)
     if wanted is None:
         # a CPU has it too, but is slower with it
-        return torch.bfloat16 if device.type == "cuda" and has_bfloat16 else torch.float32
+        return torch.bfloat16 if device.type == "cuda" and has_bfloat16(device) else torch.float32
     return torch.bfloat16 if wanted == "bfloat16" else torch.float32

@@ -66,7 +66,7 @@ def test_local(run: Any, filled: Path, registry: Path, write_job: WriteJob, tmp_
 def test_json(run: Any, filled: Path, write_job: WriteJob, tmp_path: Path) -> None:
     outcome = run("train", write_job(), "--local", "--json", "--out", tmp_path / "t", registry=filled)
     (row,) = outcome.json
-    assert list(row) == ["name", "folder", "error", "message", "log", "scalars"]
+    assert list(row) == ["name", "folder", "error", "message", "log", "scalars", "device"]
     assert (row["name"], row["folder"], row["error"]) == (
         "acme/contracts",
         f"{tmp_path}/t/acme/contracts",

@@ -7,7 +7,8 @@ import pytest
 from experts.errors import AdmissionError, CoterieError, ManifestError, TrainingError
 from pipelines.train.agent import Order, release
 from pipelines.train.anchor import ResolvedBase, resolve_base
-from pipelines.train.hub import _Agent, _outcomes, _Task, raise_failures, train_jobs
+from pipelines.train.hub import _Agent, _outcomes, raise_failures, train_jobs
+from pipelines.train.planning import Task
 from pipelines.train.progress import Progress
 from pipelines.train.worker import train_job
 
@@ -83,7 +84,7 @@ def test_everything_is_checked_before_anything_starts(jobs, make_job, tmp_path):
 
 @pytest.fixture
 def agent(jobs, tmp_path):
-    tasks = [_Task(job=job, base=None, out=tmp_path / job.name, version=1) for job in jobs]
+    tasks = [Task(job=job, base=None, out=tmp_path / job.name, version=1, device="cpu") for job in jobs]
     return _Agent(
         tasks=tasks, folder=tmp_path, process=None, latest=[Progress(name=t.job.name) for t in tasks]
     )
