@@ -49,8 +49,8 @@ def leaving(folder: Path, lock: Lock, given: Sequence[str]) -> frozenset[str]:
 
 def _matching(lock: Lock, item: str) -> set[str]:
     if "/" not in item:
-        if item not in lock.owners:
-            raise unknown_name("owner", item, lock.owners)
+        if item not in lock.involved:
+            raise unknown_name("owner", item, lock.involved)
         return {expert.name for expert in lock.experts if expert.owner == item}
     name, label = parse_reference(item)
     there = {expert.name: expert for expert in lock.experts}

@@ -118,7 +118,7 @@ def remove_experts(folder: Path | str, names: Sequence[str]) -> Change:
 
     Args:
         folder: A composed folder.
-        names: Owners (all of whose experts leave) or experts, ``owner/expert``.
+        names: Owners (all of whose experts leave, and whatever was tuned on their text) or experts, ``owner/expert``.
 
     Returns:
         What was changed.
@@ -169,7 +169,8 @@ def plan_change(
         problems = growth_problems(own.lock, new_rows, replaced=set(new) & set(kept), removed=out)
         if problems:
             raise PlanError(f"{path} cannot be changed:", problems=problems)
-    trimmed = own.lock.tuned.trimmed(out) if own.lock.tuned is not None and not new else None
+    gone = own.lock.leaving_owners(out) | {name for name in remove if "/" not in name}
+    trimmed = own.lock.trimmed_tuning(out, owners=gone) if not new else None
     kept_tuning = new_rows is not None or trimmed is not None
     return Change(
         folder=path,
@@ -178,7 +179,7 @@ def plan_change(
         added=tuple(record.ref for name, (_, record) in sorted(new.items()) if name not in kept),
         replaced={kept[name]: record.ref for name, (_, record) in sorted(new.items()) if name in kept},
         removed=tuple(kept[name] for name in sorted(out)),
-        warnings=(*planned.warnings, *_warnings(own, registry if add else None, kept=kept_tuning)),
+        warnings=(*planned.warnings, *_warnings(own, registry if add else None, kept=kept_tuning, gone=gone)),
         source=source,
         new_rows=new_rows,
         trimmed=trimmed,
@@ -264,10 +265,12 @@ def _changed(manifest: Manifest, staying: Collection[str], new: Joining, prompts
     return manifest.model_copy(update={"experts": experts, "upcycle": upcycle})
 
 
-def _warnings(own: FolderSource, registry: Source | None, *, kept: bool) -> list[str]:
+def _warnings(own: FolderSource, registry: Source | None, *, kept: bool, gone: Collection[str]) -> list[str]:
     """Say that a tuning is lost, and where a fresh build would differ because something public is newer there."""
     if own.lock.tuned is not None and not kept:
-        tuned = "The folder was tuned; the changed one has the weights from before. Tune it again."
+        text = sorted(set(gone) & set(own.lock.tuned.text_owners))
+        why = f" on text of {', '.join(text)} too" if text else ""
+        tuned = f"The folder was tuned{why}; the changed one has the weights from before. Tune it again."
         return [tuned, *_newer(own, registry)]
     return _newer(own, registry)
 

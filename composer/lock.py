@@ -196,14 +196,25 @@ class Lock(_Strict):
 
         What was tuned holds everybody who was there, so it stays only where those who leave joined afterwards.
         """
-        kept = self if self.tuned is None else self._tuned_without(self.tuned, owners)
+        kept = self if self.tuned is None else self._tuned_without(owners)
         experts = tuple(expert for expert in kept.experts if expert.owner not in owners)
         lineage = {path: who for path, who in kept.lineage.items() if not set(who) & set(owners)}
         return kept.model_copy(update={"experts": experts, "lineage": lineage})
 
-    def _tuned_without(self, tuned: LockedTuning, owners: Collection[str]) -> Self:
+    def leaving_owners(self, experts: Collection[str]) -> frozenset[str]:
+        """Return the owners who have no expert here any more once these are gone."""
+        staying = {expert.owner for expert in self.experts if expert.name not in experts}
+        return frozenset(self.owners) - staying
+
+    def trimmed_tuning(self, experts: Collection[str], *, owners: Collection[str]) -> LockedTuning | None:
+        """Return what stays tuned once these are gone; None: nothing, since it holds something of theirs."""
+        if self.tuned is None or set(owners) & set(self.tuned.owners):
+            return None
+        return self.tuned.trimmed(experts)
+
+    def _tuned_without(self, owners: Collection[str]) -> Self:
         leaving = {expert.name for expert in self.experts if expert.owner in owners}
-        trimmed = None if set(owners) & set(tuned.owners) else tuned.trimmed(leaving)
+        trimmed = self.trimmed_tuning(leaving, owners=owners)
         return self.untuned if trimmed is None else self.model_copy(update={"tuned": trimmed})
 
     def to_bytes(self) -> bytes:

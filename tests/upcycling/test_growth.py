@@ -395,3 +395,40 @@ def test_rows_computed_again_are_the_same(tuned: Any, registry: Any, pico: Any, 
             scorer = model.get_submodule(name.removesuffix(".rows"))
             place = scorer.position[model.expert_names.index(expert) + 1]
             assert torch.equal(scorer.rows[place], row)
+
+
+@pytest.fixture
+def tuned_on_text(pico: Any, folder: Any) -> Path:
+    """Bob's and zoe's experts, tuned on text of acme and of yan; acme's own expert joined afterwards."""
+    model = load(folder("btx", experts=("bob/dense", "zoe/dense"), upcycle=FROZEN, scorer="random"))
+    with torch.no_grad():
+        for layer in model.base.model.layers:
+            layer.mlp.router.scorer.rows.mul_(3.0)
+    settings = {"text_owners": ["acme", "yan"], "settings": {}, "dtype": torch.float32}
+    path = write_tuned(model, pico.scratch("tuned"), trained="routers", **settings)
+    add_experts(path, ["acme/dense"], registry=pico.dense_library(), new_rows="untuned")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("names", "text", "left"),
+    [
+        (["acme"], "acme", ("bob/dense", "zoe/dense")),
+        (["acme/dense"], "acme", ("bob/dense", "zoe/dense")),
+        (["yan"], "yan", ("acme/dense", "bob/dense", "zoe/dense")),
+    ],
+)
+def test_tuned_weights_leave_with_whose_text_they_were_tuned_on(
+    tuned_on_text: Path, pico: Any, folder: Any, names: Any, text: str, left: Any
+) -> None:
+    """Also where the owner's only expert joined afterwards, and where there never was one."""
+    change = remove_experts(tuned_on_text, names)
+    assert change.warnings == (
+        f"The folder was tuned on text of {text} too; the changed one has the weights from before. Tune it again.",
+    )
+    lock = Lock.read(tuned_on_text)
+    assert (lock.tuned, tuple(expert.name for expert in lock.experts)) == (None, left)
+    assert text not in lock.involved
+    never = load(folder("btx", experts=left, upcycle=FROZEN, scorer="random"))
+    with torch.inference_mode():
+        assert torch.equal(load(tuned_on_text)(pico.prompts()).logits, never(pico.prompts()).logits)
