@@ -18,6 +18,7 @@ from experts.base import BaseDescription
 from experts.card import BaseRef
 from experts.package import pack
 from experts.routing_artifacts import RoutingArtifacts, RoutingInfo, RowsInfo
+from experts.routing_origin import AnchorInfo, rows_digest
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -107,7 +108,8 @@ def register_public_rows(registry: Registry, checkpoint: Path, work: Path) -> Ba
     record = registry.add_base(checkpoint, name=BASE)
     folder = work / "public"
     folder.mkdir(parents=True)
-    info = _save_rows(folder, record.description, seed=0, bias=None)
+    info = _save_rows(folder, record.description, seed=0, bias=None, public_digest=None)
+    info = info.model_copy(update={"anchor": AnchorInfo.of(record)})
     return registry.set_base_routing(BASE, folder, info)
 
 
@@ -141,7 +143,10 @@ def register_ffn(
     (raw / "config.json").write_text(
         json.dumps({"format_version": 1, "layers": list(range(description.num_layers)), "base": BASE})
     )
-    info = _save_rows(raw, description, seed=seed, bias=bias)
+    assert base.routing is not None, "register_public_rows attached it"
+    assert base.routing.rows is not None, "with rows"
+    public_digest = base.routing.rows.public_digest
+    info = _save_rows(raw, description, seed=seed, bias=bias, public_digest=public_digest)
     staging = work / "packed" / name
     staging.parent.mkdir(parents=True, exist_ok=True)
     pack(
@@ -160,7 +165,10 @@ def register_ffn(
     registry.register(staging)
 
 
-def _save_rows(folder: Path, base: BaseDescription, *, seed: int, bias: float | None) -> RoutingInfo:
+def _save_rows(
+    folder: Path, base: BaseDescription, *, seed: int, bias: float | None, public_digest: str | None
+) -> RoutingInfo:
+    """Save random rows; without a digest of public ones, they are the public ones."""
     random = np.random.default_rng(seed)
     tensors = {}
     for layer in range(base.num_layers):
@@ -169,7 +177,11 @@ def _save_rows(folder: Path, base: BaseDescription, *, seed: int, bias: float | 
         if bias is not None:
             tensors[f"row.{layer}.bias"] = np.array([bias], dtype=np.float32)
     layers = tuple(range(base.num_layers))
-    info = RoutingInfo(rows=RowsInfo(layers=layers, has_bias=bias is not None, init="random"))
+    if public_digest is None:
+        public_digest = rows_digest({layer: tensors[f"row.{layer}.weight"] for layer in layers})
+    info = RoutingInfo(
+        rows=RowsInfo(layers=layers, has_bias=bias is not None, public_digest=public_digest, init="random")
+    )
     RoutingArtifacts(info=info, tensors=tensors).save(folder)
     return info
 

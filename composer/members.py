@@ -19,6 +19,7 @@ from experts.card import CARD_FILE, ExpertCard
 from experts.errors import BuildError, IntegrityError
 from experts.files import sha256_file
 from experts.routing_artifacts import RoutingArtifacts
+from experts.routing_origin import load_public
 
 if TYPE_CHECKING:
     import torch
@@ -157,4 +158,4 @@ class Members:
         if info is None:
             raise BuildError("The base publishes no routing artefacts.")
         path = self.folder / PUBLIC_FOLDER / info.file
-        return RoutingArtifacts.load(path, info, hidden_size=self.description.hidden_size)
+        return load_public(path, info, hidden_size=self.description.hidden_size)

@@ -22,6 +22,7 @@ from experts.kinds import get_kind
 from experts.kinds.kind import DTYPES, ExpertKind, ResolvedConfig
 from experts.license import check_license
 from experts.routing_artifacts import RoutingArtifacts
+from experts.routing_origin import AnchorInfo, check_anchor
 from experts.safetensors_header import Header, TensorSpec, read_header_from
 from experts.schema import compare_schema
 from experts.values import TensorValues, scan_tensor
@@ -211,6 +212,13 @@ def check_contents(
     _check_claims(kind, resolved, card, base)
     if values and card.routing is not None:
         RoutingArtifacts.load(files[card.routing.file], card.routing, hidden_size=base.hidden_size)
+        if card.routing.anchor is not None:
+            check_anchor(
+                card.routing.anchor,
+                AnchorInfo.of(card.base),
+                what=f"the base of {card.name}",
+                advice="Make them on that base, or leave 'anchor' out of the card's routing.",
+            )
     return ExpertSummary(
         kind=kind.name,
         layers=resolved.layers,

@@ -18,6 +18,7 @@ from experts.files import open_regular, path_problems, write_atomic
 from experts.retrieval_artifacts import RetrievalArtifacts
 from experts.retrieval_info import RetrievalInfo
 from experts.routing_checks import check_schema, check_values
+from experts.routing_origin import AnchorInfo
 from experts.safetensors_header import Header, StoredTensor, TensorSpec, read_header_from
 
 if TYPE_CHECKING:
@@ -89,10 +90,17 @@ class RowsInfo(BaseModel):
 
     layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
     has_bias: bool
-    public_digest: _Digest | None = None
-    """Digest of the frozen public rows that these rows were trained against."""
+    public_digest: _Digest
+    """Of the frozen public rows that these were trained beside; of public rows, their own. See `rows_digest`."""
     init: _Text
     """How the rows were initialised, for instance ``domain_embedding``."""
+
+    @field_validator("public_digest", mode="before")
+    @classmethod
+    def _given(cls, digest: object) -> object:
+        if digest is None:
+            raise ValueError("rows need the digest of the public rows beside them; make them anew")
+        return digest
 
     @field_validator("layers")
     @classmethod
@@ -108,6 +116,9 @@ class EmbeddingInfo(BaseModel):
     model_config = _FROZEN
 
     model: _Text
+    """The folder's name, for messages."""
+    digest: _Digest
+    """See `experts.routing_origin.embedder_digest`; whoever has the same has the same embedder."""
     dim: Annotated[int, Field(ge=1, le=65536)]
 
 
@@ -141,6 +152,8 @@ class RoutingInfo(BaseModel):
     embedding: EmbeddingInfo | None = None
     retrieval: RetrievalInfo | None = None
     inputs: InputsInfo | None = None
+    anchor: AnchorInfo | None = None
+    """Of public text: what it was made on. An owner's artefacts belong to the base of the card."""
 
     @field_validator("file")
     @classmethod

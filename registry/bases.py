@@ -21,7 +21,8 @@ from experts.errors import IntegrityError, RegistryError
 from experts.files import open_regular, sha256_file
 from experts.fingerprint import checkpoint_files, tokenizer_fingerprint
 from experts.names import OWNER_PATTERN, unknown_name
-from experts.routing_artifacts import RoutingArtifacts, RoutingInfo
+from experts.routing_artifacts import RoutingInfo
+from experts.routing_origin import AnchorInfo, check_anchor, load_public
 from experts.strict import load_json, validate
 from registry import index
 from registry.blobs import Staging
@@ -139,7 +140,13 @@ def set_base_routing(storage: Storage, name: str, *, folder: Path, info: Routing
     with storage.staging(doing=doing) as staging:
         with open_regular(folder / info.file) as stream:
             size, sha256 = staging.copy(stream.fileno(), info.file)
-        RoutingArtifacts.load(staging.folder, info, hidden_size=base.description.hidden_size)
+        load_public(staging.folder, info, hidden_size=base.description.hidden_size)
+        check_anchor(
+            info.anchor,
+            AnchorInfo.of(base),
+            what=f"the base '{name}'",
+            advice=f"Make them on this base: coterie base public-routing {name} --text FILE",
+        )
         stored = StoredRouting(base=name, info=info, sha256=sha256, size=size)
         digest = staging.add(stored.to_bytes(), ".record.json")
         staging.publish()

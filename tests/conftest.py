@@ -470,7 +470,7 @@ class Pico:
         statistics: bool = True,
         rows: bool = True,
         gate_layer: int = GATE_LAYER,
-        public_digest: str = "0" * 64,
+        public_digest: str | None = None,
         inputs: bool = False,
     ) -> Any:
         """Routing artefacts of a domain, from the base's true states on its tokens.
@@ -486,6 +486,7 @@ class Pico:
             RowsInfo,
             StatisticsInfo,
         )
+        from experts.routing_origin import rows_digest
 
         random = np.random.default_rng(seed)
         tensors: dict[str, Any] = {}
@@ -500,7 +501,10 @@ class Pico:
                 row, bias = self._row(family, seed, layer, random)
                 tensors[f"row.{layer}.weight"] = row.astype("f4")
                 tensors[f"row.{layer}.bias"] = np.array([bias], dtype="f4")
-            written = RowsInfo(layers=tuple(layers), has_bias=True, public_digest=public_digest, init="x")
+            if public_digest is None and seed == 0:
+                public_digest = rows_digest({layer: tensors[f"row.{layer}.weight"] for layer in layers})
+            digest = public_digest or self.public_digest(family)
+            written = RowsInfo(layers=tuple(layers), has_bias=True, public_digest=digest, init="x")
         read = None
         if inputs:
             sums = self.once(lambda: self._inputs(family, seed), "inputs", family, seed)
@@ -508,8 +512,24 @@ class Pico:
             read = InputsInfo(
                 layers=tuple(range(LAYERS)), branches=("ffn", "attention"), tokens=512, documents=16
             )
-        info = RoutingInfo(statistics=taken, rows=written, inputs=read)
+        anchor = self.anchor_info(family) if seed == 0 else None
+        info = RoutingInfo(statistics=taken, rows=written, inputs=read, anchor=anchor)
         return RoutingArtifacts(info=info, tensors=tensors)
+
+    def public_digest(self, family: str = "llama", *, layers: Sequence[int] = (1, 2, 3)) -> str:
+        """The digest of the base's public rows, beside which owners train theirs."""
+        public = self.artifacts(family=family, seed=0, layers=layers, statistics=False)
+        return str(public.info.rows.public_digest)
+
+    def anchor_info(self, family: str = "llama", *, seed: int = 0) -> Any:
+        """What public artefacts say of the base that they were made on."""
+        from experts.fingerprint import tokenizer_fingerprint
+        from experts.routing_origin import AnchorInfo
+
+        return AnchorInfo(
+            fingerprint=self.description(family, seed=seed).fingerprint,
+            tokenizer_fingerprint=tokenizer_fingerprint(self.base(family, seed=seed)),
+        )
 
     def domain_tokens(self, seed: int, *, rows: int, length: int) -> torch.Tensor:
         """Random text of a domain, int64 ``(rows, length)``."""
@@ -688,7 +708,12 @@ class Pico:
             artifacts = None
             if family in _FAMILIES:  # the others are for what needs no router of the owners'
                 artifacts = self.artifacts(
-                    family=family, seed=seed, layers=range(LAYERS), gate_layer=0, inputs=True
+                    family=family,
+                    seed=seed,
+                    layers=range(LAYERS),
+                    gate_layer=0,
+                    public_digest=public.info.rows.public_digest,
+                    inputs=True,
                 )
             raw = self.write_dense(self.scratch("raw"), family=family, seed=seed)
             registry.register(self.pack(raw, name=f"{owner}/dense", family=family, artifacts=artifacts))

@@ -5,7 +5,6 @@ Copies bytes tensor by tensor. Knows layouts and folders; who the owners are is 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -28,6 +27,7 @@ from experts.errors import ManifestError
 from experts.fingerprint import tokenizer_fingerprint
 from experts.package import pack
 from experts.routing_artifacts import RoutingArtifacts, RoutingInfo, RowsInfo
+from experts.routing_origin import AnchorInfo, rows_digest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,9 +93,9 @@ def import_checkpoint(
             fingerprint=base.fingerprint,
             tokenizer_fingerprint=tokenizer_fingerprint(staging / "base"),
         )
-        public = _rows(source, ANCHOR, public_digest=None)
+        digest = rows_digest({layer: floats(gate.item(ANCHOR)) for layer, gate in source.gates.items()})
+        public = _rows(source, ANCHOR, public_digest=digest, anchor=AnchorInfo.of(ref))
         _write_public(public, staging / PUBLIC_FOLDER)
-        digest = _rows_digest(public)
         for number, expert in enumerate(owners.experts, start=1):
             rows = _rows(source, number, public_digest=digest)
             _write_expert(
@@ -129,22 +129,15 @@ def _write_base(source: StockCheckpoint, folder: Path, progress: Progress | None
             shutil.copyfile(source.folder / name, folder / name)
 
 
-def _rows(source: StockCheckpoint, expert: int, *, public_digest: str | None) -> RoutingArtifacts:
+def _rows(
+    source: StockCheckpoint, expert: int, *, public_digest: str, anchor: AnchorInfo | None = None
+) -> RoutingArtifacts:
     layers = tuple(sorted(source.gates))
     info = RowsInfo(layers=layers, has_bias=False, public_digest=public_digest, init="imported")
     tensors: dict[str, NDArray[np.floating]] = {
         f"row.{layer}.weight": floats(source.gates[layer].item(expert)) for layer in layers
     }
-    return RoutingArtifacts(info=RoutingInfo(rows=info), tensors=tensors)
-
-
-def _rows_digest(public: RoutingArtifacts) -> str:
-    """sha256 over layer numbers and float32 bytes, ascending by layer: which public rows stand beside."""
-    digest = hashlib.sha256()
-    for layer in public.info.rows.layers if public.info.rows else ():
-        digest.update(f"{layer}:".encode())
-        digest.update(public.tensors[f"row.{layer}.weight"].astype("<f4").tobytes())
-    return digest.hexdigest()
+    return RoutingArtifacts(info=RoutingInfo(rows=info, anchor=anchor), tensors=tensors)
 
 
 def _write_public(public: RoutingArtifacts, folder: Path) -> None:

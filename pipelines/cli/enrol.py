@@ -351,5 +351,6 @@ def _with_statistics(
             normalization = public.normalization if public else "rms"
             made = public_routing(resolved, documents, out=out, layer=layer, normalization=normalization)
     info = RoutingInfo.model_validate_json((made / INFO_FILE).read_bytes())
+    info = info.model_copy(update={"anchor": None})  # the card says it
     shutil.copyfile(made / info.file, raw / info.file)
     return raw, info

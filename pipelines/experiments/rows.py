@@ -39,7 +39,7 @@ def experts_with_rows(world: World, variant: str, source: Mapping[str, str], *, 
         names[domain] = name
         if name not in {record.name for record in world.registry.experts()}:
             files = world.registry.files(world.registry.expert(reference))
-            _register(world, domain, name, _rows(world, domain, init), files)
+            _register(world, domain, name, _rows(world, domain, init), files, init=init)
     return names
 
 
@@ -57,7 +57,7 @@ def copies_with_rows(world: World, variant: str) -> dict[str, str]:
         save_file(_anchor_ffns(world), raw / "ffn.safetensors")
         (raw / "config.json").write_text(_config(world.layers))
         files = {path.name: path for path in raw.iterdir()}
-        _register(world, domain, name, _rows(world, domain, "random"), files)
+        _register(world, domain, name, _rows(world, domain, "random"), files, init="random")
     return names
 
 
@@ -94,7 +94,13 @@ def _rows(world: World, domain: str, init: Init) -> dict[int, torch.Tensor]:
 
 
 def _register(
-    world: World, domain: str, name: str, rows: Mapping[int, torch.Tensor], files: Mapping[str, Path]
+    world: World,
+    domain: str,
+    name: str,
+    rows: Mapping[int, torch.Tensor],
+    files: Mapping[str, Path],
+    *,
+    init: Init,
 ) -> None:
     from experts.card import BaseRef
     from experts.package import pack
@@ -103,13 +109,14 @@ def _register(
     for file in ("config.json", "ffn.safetensors"):
         shutil.copyfile(files[file], raw / file)
     base = world.registry.base(BASE)
-    public = base.routing.rows if base.routing else None
+    assert base.routing is not None, "the world attached it"
+    assert base.routing.rows is not None, "with rows"
     info = RoutingInfo(
         rows=RowsInfo(
             layers=tuple(sorted(rows)),
             has_bias=False,
-            public_digest=public.public_digest if public else None,
-            init="untrained",
+            public_digest=base.routing.rows.public_digest,
+            init="anchor" if init == "mean" else init,
         )
     )
     tensors = {f"row.{layer}.weight": row.numpy() for layer, row in rows.items()}

@@ -21,6 +21,7 @@ from experts.errors import ManifestError
 from experts.fingerprint import tokenizer_fingerprint
 from experts.names import unknown_name
 from experts.routing_artifacts import RoutingArtifacts, RoutingInfo
+from experts.routing_origin import load_public
 from pipelines.devices import has_bfloat16, is_gpu
 
 if TYPE_CHECKING:
@@ -58,9 +59,7 @@ class ResolvedBase:
         """Read the public routing artefact, if there is one."""
         if self.routing_file is None or self.routing_info is None:
             return None
-        return RoutingArtifacts.load(
-            self.routing_file, self.routing_info, hidden_size=self.description.hidden_size
-        )
+        return load_public(self.routing_file, self.routing_info, hidden_size=self.description.hidden_size)
 
     def to_json(self) -> str:
         """For another process on the same machine; nothing is hashed again there."""

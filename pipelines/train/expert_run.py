@@ -77,7 +77,7 @@ class ExpertRun:
         self._linears: dict[str, TrainableLinear] = {}
         self._mixtures: dict[int, CoordinatedFFN] = {}
         self._rows_info: RowsInfo | None = None
-        self._embedding: NDArray[np.float32] | None = None
+        self._embedding: tuple[EmbeddingInfo, NDArray[np.float32]] | None = None
 
     def prepare_states(self) -> Iterator[int]:
         """Run the lower layers over all windows once, for the cache and the statistics; yields windows done."""
@@ -231,8 +231,7 @@ class ExpertRun:
                 tensors[f"row.{layer}.bias"] = mixture.bias().detach().numpy()
         embedding = None
         if self._embedding is not None:
-            tensors["embedding"] = self._embedding
-            embedding = EmbeddingInfo(model=Path(self.job.row_init).name, dim=len(self._embedding))
+            embedding, tensors["embedding"] = self._embedding
         info = RoutingInfo(statistics=self._statistics_info(), rows=self._rows_info, embedding=embedding)
         return info, tensors
 

@@ -13,6 +13,7 @@ import torch
 from experts.errors import DataError, TrainingError
 from experts.retrieval_artifacts import Moments, RetrievalArtifacts
 from experts.routing_artifacts import RoutingArtifacts, RoutingInfo
+from experts.routing_origin import AnchorInfo
 from pipelines.train.anchor import ResolvedBase
 from pipelines.train.query_encoder import RetrievalBase, mean_state
 from pipelines.train.routing import INFO_FILE
@@ -118,7 +119,7 @@ def query_routing(
         state=state,
         state_layer=layer,
     )
-    info = RoutingInfo(retrieval=artifacts.info)
+    info = RoutingInfo(retrieval=artifacts.info, anchor=AnchorInfo.of(base.ref))
     out.mkdir(parents=True)
     RoutingArtifacts(info=info, tensors=artifacts.tensors()).save(out)
     (out / INFO_FILE).write_text(info.model_dump_json(indent=2) + "\n")

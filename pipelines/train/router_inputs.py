@@ -19,10 +19,10 @@ from composer.upcycling.measuring import Inputs, inputs_artifacts
 from composer.upcycling.partition import attention_module, partition
 from composer.upcycling.trunk import places
 from experts.card import ExpertCard
-from experts.routing_artifacts import EmbeddingInfo, RoutingArtifacts, RoutingInfo, Statistics
+from experts.routing_artifacts import RoutingArtifacts, RoutingInfo, Statistics
 from pipelines.compression import CompressionError
 from pipelines.train.anchor import ResolvedBase, load_anchor
-from pipelines.train.rows import mean_embedding
+from pipelines.train.rows import domain_embedding
 from pipelines.train.windows import Windows, make_windows
 
 if TYPE_CHECKING:
@@ -189,9 +189,7 @@ def _joined(
     tensors |= summed.tensors
     info = info.model_copy(update={"inputs": summed.info.inputs})
     if embedder is not None:
-        vector = mean_embedding(texts, model=embedder)
+        made_with, vector = domain_embedding(texts, embedder=embedder)
         tensors["embedding"] = vector
-        info = info.model_copy(
-            update={"embedding": EmbeddingInfo(model=embedder.resolve().name, dim=len(vector))}
-        )
+        info = info.model_copy(update={"embedding": made_with})
     return RoutingArtifacts(info=info, tensors=tensors)

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from experts.errors import DataError, TrainingError
 from experts.routing_artifacts import (
-    EmbeddingInfo,
     RoutingArtifacts,
     RoutingInfo,
     RowsInfo,
     Statistics,
     StatisticsInfo,
 )
+from experts.routing_origin import AnchorInfo
 from pipelines.train.noise import normalised
-from pipelines.train.rows import embedding_row, ffn_input_rows, mean_embedding, rows_digest
+from pipelines.train.rows import domain_embedding, embedding_row, ffn_input_rows, rows_digest
 from pipelines.train.states import SplitDecoder
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def public_routing(
     for start in range(0, len(ids), 8):
         total.add(split.lower(ids[start : start + 8]))
     assert total.total is not None
-    embedding = None if embedder is None else mean_embedding(texts, model=embedder)
+    made_with, embedding = (None, None) if embedder is None else domain_embedding(texts, embedder=embedder)
     rows: dict[int, Tensor] = {}
     if rows_layers and embedding is not None:
         rows = dict.fromkeys(rows_layers, embedding_row(embedding, hidden_size=base.description.hidden_size))
@@ -173,7 +173,8 @@ def public_routing(
             documents=chosen.documents,
         ),
         rows=_public_rows_info(rows, init="anchor" if embedding is None else "sentence-transformer"),
-        embedding=_embedding_info(embedder, embedding),
+        embedding=made_with,
+        anchor=AnchorInfo.of(base.ref),
     )
     out.mkdir(parents=True)
     RoutingArtifacts(info=info, tensors=tensors).save(out)
@@ -185,9 +186,3 @@ def _public_rows_info(rows: dict[int, Tensor], *, init: str) -> RowsInfo | None:
     if not rows:
         return None
     return RowsInfo(layers=tuple(sorted(rows)), has_bias=False, public_digest=rows_digest(rows), init=init)
-
-
-def _embedding_info(embedder: Path | None, embedding: NDArray[np.float32] | None) -> EmbeddingInfo | None:
-    if embedder is None or embedding is None:
-        return None
-    return EmbeddingInfo(model=embedder.name, dim=len(embedding))

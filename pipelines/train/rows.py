@@ -14,12 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from experts.routing_artifacts import RoutingArtifacts
+from experts import routing_origin
+from experts.routing_artifacts import EmbeddingInfo, RoutingArtifacts
 from pipelines.train.states import SplitDecoder
 
 __all__ = [
     "ROW_NORM",
     "centred",
+    "domain_embedding",
     "embedding_row",
     "ffn_input_rows",
     "mean_embedding",
@@ -105,6 +107,19 @@ def mean_embedding(documents: Sequence[str], *, model: Path, limit: int = 1000) 
     return mean
 
 
+def domain_embedding(
+    documents: Sequence[str], *, embedder: Path
+) -> tuple[EmbeddingInfo, NDArray[np.float32]]:
+    """Return a domain's `mean_embedding` and what made it.
+
+    Raises:
+        AdmissionError: The embedder's weights are not in safetensors.
+    """
+    digest = routing_origin.embedder_digest(embedder)  # before the work, for what it may refuse
+    vector = mean_embedding(documents, model=embedder)
+    return EmbeddingInfo(model=embedder.resolve().name, digest=digest, dim=len(vector)), vector
+
+
 def embedding_row(embedding: NDArray[np.float32], *, hidden_size: int) -> Tensor:
     """Map an embedding ``(dim,)`` to the hidden size, float32 ``(hidden,)``.
 
@@ -157,15 +172,8 @@ def rotated(own: Tensor, public: Tensor, *, seed: int) -> Tensor:
 
 
 def rows_digest(rows: Mapping[int, Tensor]) -> str:
-    """sha256 over layer numbers and float32 bytes, ascending by layer: which public rows were trained against.
-
-    Taken over all rows of a public artefact, so that owners who train different layers agree on it.
-    """
-    digest = hashlib.sha256()
-    for layer in sorted(rows):
-        digest.update(f"{layer}:".encode())
-        digest.update(np.ascontiguousarray(rows[layer].detach().float().numpy(), dtype="<f4").tobytes())
-    return digest.hexdigest()
+    """Say which public rows were trained against: `experts.routing_origin.rows_digest` of tensors."""
+    return routing_origin.rows_digest({layer: row.detach().float().numpy() for layer, row in rows.items()})
 
 
 def published_rows(routing: RoutingArtifacts | None, layers: Sequence[int]) -> dict[int, Tensor] | None:

@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from experts.errors import ManifestError
-from experts.routing_artifacts import RoutingArtifacts
+from experts.routing_artifacts import EmbeddingInfo, RoutingArtifacts
 from pipelines.train.anchor import ResolvedBase
 from pipelines.train.corpus import Corpus
 from pipelines.train.job import DomainJob
 from pipelines.train.routing import ffn_modules
 from pipelines.train.rows import (
     centred,
+    domain_embedding,
     embedding_row,
     ffn_input_rows,
     mean_embedding,
@@ -31,6 +32,12 @@ from pipelines.train.rows import (
 from pipelines.train.states import SplitDecoder
 
 __all__ = ["StartingRows", "starting_rows"]
+
+_EMBEDDED = "sentence-transformer"
+_CENTRED = "sentence-transformer-centred"
+"""At an embedding, by its difference to the public one, beside public rows of other coordinates."""
+_IMPORTED = "imported"
+"""Of a checkpoint that does not say where its rows started."""
 
 Rows = Mapping[int, Tensor]
 """Float32 ``(hidden,)`` by layer."""
@@ -44,13 +51,13 @@ class StartingRows:
         public: The public rows, which stay as they are.
         own: The owner's rows.
         init: How they were made, for the card.
-        embedding: The domain's mean embedding, float32 ``(dim,)``, where rows start at one.
+        embedding: What made the domain's mean embedding, and that, float32 ``(dim,)``, where rows start at one.
     """
 
     public: Rows
     own: Rows
     init: str
-    embedding: NDArray[np.float32] | None = None
+    embedding: tuple[EmbeddingInfo, NDArray[np.float32]] | None = None
 
 
 def starting_rows(
@@ -73,7 +80,8 @@ def starting_rows(
         layers: Layers that are trained.
 
     Raises:
-        ManifestError: There is no public row, or no public embedding to centre by, or it is another embedder's.
+        ManifestError: There is no public row, or one that starts at something else, or no public embedding to centre
+            by, or it is another embedder's.
     """
     routing = base.routing()
     published = published_rows(routing, layers)
@@ -87,6 +95,7 @@ def starting_rows(
             "coordination needs a public row: the base has no public routing artefact with rows for layers "
             f"{layers[0]}-{layers[-1]}. Give public text, or attach such an artefact to the base."
         )
+    _check_start(job, routing, layers)
     if job.row_init == "anchor":
         ffns = ffn_modules(model, base.description, layers)
         count = len(corpus.own)
@@ -100,33 +109,55 @@ def _embedded(
     job: DomainJob, corpus: Corpus, *, layers: tuple[int, ...], hidden: int, routing: RoutingArtifacts | None
 ) -> StartingRows:
     embedder = Path(job.row_init)
-    embedding = mean_embedding(corpus.documents, model=embedder)
+    made_with, embedding = domain_embedding(corpus.documents, embedder=embedder)
     row = embedding_row(embedding, hidden_size=hidden)
     published = published_rows(routing, layers)
     towards, public_row = None, None
     if published is None or job.row_centre:
         public_row = embedding_row(
-            _public_embedding(embedder, len(embedding), corpus, routing), hidden_size=hidden
+            _public_embedding(embedder, made_with, corpus, routing), hidden_size=hidden
         )
         towards = row - public_row
     if published is None:
         assert public_row is not None
         published = dict.fromkeys(layers, public_row)
     own = _changed(job, dict.fromkeys(layers, row), published, towards=towards)
-    return StartingRows(public=published, own=own, init="sentence-transformer", embedding=embedding)
+    start = _EMBEDDED if _start_of(routing, layers) in (None, _EMBEDDED) else _CENTRED
+    return StartingRows(public=published, own=own, init=start, embedding=(made_with, embedding))
+
+
+def _start_of(routing: RoutingArtifacts | None, layers: tuple[int, ...]) -> str | None:
+    """Say where the public rows that a job takes from its base start; None where it makes its own."""
+    if routing is None or routing.info.rows is None or published_rows(routing, layers) is None:
+        return None
+    return routing.info.rows.init
+
+
+def _check_start(job: DomainJob, routing: RoutingArtifacts | None, layers: tuple[int, ...]) -> None:
+    """Refuse before the training what could not be composed after it."""
+    public = _start_of(routing, layers)
+    own = "anchor" if job.row_init == "anchor" else _EMBEDDED
+    if public in (None, own, _IMPORTED) or (own == _EMBEDDED and job.row_centre):
+        return
+    other = "without" if own == "anchor" else "with"
+    raise ManifestError(
+        f"row_init: rows that start at '{own}' cannot be compared with the base's public rows, which start at "
+        f"'{public}'. Choose the row_init that they were made with, or attach public rows made {other} --embedder."
+    )
 
 
 def _public_embedding(
-    embedder: Path, dim: int, corpus: Corpus, routing: RoutingArtifacts | None
+    embedder: Path, made_with: EmbeddingInfo, corpus: Corpus, routing: RoutingArtifacts | None
 ) -> NDArray[np.floating]:
     """The base's public embedding, which is the same for all owners, or that of the job's public text."""
     info = None if routing is None else routing.info.embedding
     if routing is not None and info is not None:
-        if (info.model, info.dim) != (embedder.name, dim):
+        if (info.digest, info.dim) != (made_with.digest, made_with.dim):
             raise ManifestError(
-                f"row_init: the embedder '{embedder.name}' gives vectors of {dim} numbers, but the base's public "
-                f"embedding is '{info.model}' with {info.dim}. Rows of different embedders cannot be compared: use "
-                f"'{info.model}', or attach public routing artefacts made with --embedder {embedder.name}."
+                f"row_init: the embedder '{made_with.model}' ({made_with.digest[:12]}) gives vectors of "
+                f"{made_with.dim} numbers, but the base's public embedding is '{info.model}' ({info.digest[:12]}) with "
+                f"{info.dim}. Rows of different embedders cannot be compared: use '{info.model}', or attach public "
+                f"routing artefacts made with --embedder {made_with.model}."
             )
         assert routing.embedding is not None
         return routing.embedding

@@ -17,7 +17,13 @@ Change = Callable[[dict[str, Any]], None]
 
 
 def _package(
-    pico: Any, *, owner: str = "acme", base_seed: int = 0, digest: str = "0" * 64, embedder: str | None = None
+    pico: Any,
+    *,
+    owner: str = "acme",
+    base_seed: int = 0,
+    digest: str | None = None,
+    embedder: str | None = None,
+    init: str = "x",
 ) -> Path:
     """An owner's adapter with statistics, rows beside the public rows of a digest, and a domain embedding."""
     import numpy as np
@@ -27,8 +33,12 @@ def _package(
     seed, rank, layers = {"acme": (1, 2, (1, 2, 3)), "bob": (2, 3, (2, 3))}[owner]
     raw = pico.write_lora(pico.scratch("raw"), seed=seed, r=rank, layers_to_transform=list(layers))
     artifacts = pico.artifacts(seed=seed, layers=layers, public_digest=digest)
+    written = artifacts.info.rows.model_copy(update={"init": init})
+    artifacts = dataclasses.replace(artifacts, info=artifacts.info.model_copy(update={"rows": written}))
     if embedder is not None:
-        info = artifacts.info.model_copy(update={"embedding": EmbeddingInfo(model=embedder, dim=8)})
+        info = artifacts.info.model_copy(
+            update={"embedding": EmbeddingInfo(model=embedder, digest=embedder[0] * 64, dim=8)}
+        )
         tensors = {**artifacts.tensors, "embedding": np.ones(8, dtype="f4")}
         artifacts = dataclasses.replace(artifacts, info=info, tensors=tensors)
     return pico.pack(raw, name=f"{owner}/low", base_seed=base_seed, artifacts=artifacts)  # type: ignore[no-any-return]
@@ -150,24 +160,120 @@ def test_frozen_halves_that_differ(pico: Any, run: Any, bare: Path, tmp_path: Pa
     for package in (_package(pico), _package(pico, owner="bob", digest="1" * 64)):
         assert run("register", package, registry=bare).code == 0
     outcome = _plan(run, bare, tmp_path, **LEARNED)
+    beside = ", ".join(sorted([pico.public_digest()[:12], "1" * 12]))
     assert (outcome.code, outcome.err) == (
         2,
         "Error: Manifest 'duo' cannot be composed:\n"
-        "  - the experts' rows were trained beside different public rows (000000000000, 111111111111)\n",
+        f"  - the experts' rows were trained beside different public rows ({beside})\n",
     )
     assert not (tmp_path / "out").exists()
 
 
 def test_an_embedding_from_another_embedder(pico: Any, run: Any, bare: Path, tmp_path: Path) -> None:
     _with_public_rows(pico, bare)
-    for owner, model in {"acme": "small", "bob": "wide"}.items():
+    for owner, model in {"acme": "aged", "bob": "bulky"}.items():
         outcome = run("register", _package(pico, owner=owner, embedder=model), registry=bare)
         assert outcome.code == 0, outcome.err
     outcome = _plan(run, bare, tmp_path, **LEARNED)
     assert (outcome.code, outcome.err) == (
         2,
         "Error: Manifest 'duo' cannot be composed:\n"
-        "  - the domain embeddings were made by different embedders (acme/low: 'small' (8), bob/low: 'wide' (8))\n",
+        "  - the domain embeddings were made by different embedders (acme/low: 'aged' (8, aaaaaaaaaaaa), bob/low: "
+        "'bulky' (8, bbbbbbbbbbbb)); one embedder must make them all: train with the same row_init\n",
+    )
+
+
+def _published(folder: Path, artifacts: Any, **info: Any) -> Path:
+    """Public artefacts as somebody hands them in; ``info`` replaces keys of routing.json."""
+    folder.mkdir()
+    artifacts.save(folder)
+    (folder / "routing.json").write_text(json.dumps(artifacts.info.model_dump(mode="json") | info))
+    return folder
+
+
+def test_public_artefacts_of_another_anchor(pico: Any, run: Any, bare: Path, tmp_path: Path) -> None:
+    """Shapes and tokenizer may agree: the states are another anchor's."""
+    public = pico.artifacts(seed=0)
+    theirs, ours = pico.anchor_info(seed=1), pico.anchor_info()
+    advice = "Make them on this base: coterie base public-routing llama --text FILE"
+    cases = {
+        "base": (
+            theirs.model_dump(),
+            f"Error: The routing artefacts were made on another anchor than the base 'llama'. {advice}\n"
+            f"  - tensors: sha256:{theirs.fingerprint} found, sha256:{ours.fingerprint} expected\n",
+        ),
+        "tokenizer": (
+            {"fingerprint": ours.fingerprint, "tokenizer_fingerprint": "0" * 64},
+            f"Error: The routing artefacts were made on another anchor than the base 'llama'. {advice}\n"
+            f"  - tokenizer: sha256:{'0' * 64} found, sha256:{ours.tokenizer_fingerprint} expected\n",
+        ),
+        "nothing": (
+            None,
+            "Error: The routing artefacts do not say which anchor they were made on ('anchor' in routing.json); the "
+            f"base 'llama' takes only its own. {advice}\n",
+        ),
+    }
+    for name, (anchor, message) in cases.items():
+        folder = _published(tmp_path / name, public, anchor=anchor)
+        outcome = run("base", "public-routing", "llama", "--from", folder, registry=bare)
+        assert (outcome.code, outcome.err) == (2, message)
+    (row,) = run("base", "list", "--json", registry=bare).json
+    assert row["routing"] is None
+
+
+def test_public_rows_that_are_not_those_declared(pico: Any, run: Any, bare: Path, tmp_path: Path) -> None:
+    """Owners' rows are matched to public rows by a digest, so it must be that of the rows beside it."""
+    from experts.routing_origin import rows_digest
+
+    public = pico.artifacts(seed=0)
+    moved = {name: tensor + 1 if "weight" in name else tensor for name, tensor in public.tensors.items()}
+    found = rows_digest({layer: moved[f"row.{layer}.weight"] for layer in public.info.rows.layers})
+    folder = _published(tmp_path / "moved", dataclasses.replace(public, tensors=moved))
+    outcome = run("base", "public-routing", "llama", "--from", folder, registry=bare)
+    assert (outcome.code, outcome.err) == (
+        2,
+        f"Error: The public rows in 'routing.safetensors' have the digest {found}, but rows.public_digest is "
+        f"{public.info.rows.public_digest}. Owners' rows are matched to public rows by it: take the file that "
+        "routing.json was written for, or make both anew with 'coterie base public-routing NAME --text FILE "
+        "--rows'.\n",
+    )
+    rows = public.info.rows.model_dump(mode="json")
+    folder = _published(tmp_path / "null", public, rows=rows | {"public_digest": None})
+    outcome = run("base", "public-routing", "llama", "--from", folder, registry=bare)
+    assert (outcome.code, outcome.err) == (
+        2,
+        f"Error: {folder / 'routing.json'} has 1 problem:\n  - rows.public_digest: rows need the digest of the public rows "
+        "beside them; make them anew\n",
+    )
+
+
+def test_public_rows_changed_in_a_built_folder(pico: Any, tmp_path: Path) -> None:
+    """Loading recomputes the digest too: a folder that was built is not trusted for it."""
+    from safetensors.numpy import load_file, save_file
+
+    import composer
+    from experts.errors import AdmissionError
+
+    folder = Path(shutil.copytree(pico.composed("low_rank", **LEARNED), tmp_path / "built"))
+    path = folder / "public/routing.safetensors"
+    tensors = load_file(path)
+    path.unlink()  # it may be a link to what other tests share
+    save_file(tensors | {"row.2.weight": tensors["row.2.weight"] + 1}, path)
+    with pytest.raises(AdmissionError, match=r"^The public rows in 'routing.safetensors' have the digest "):
+        composer.load(folder)
+
+
+def test_rows_that_start_at_different_things(pico: Any, run: Any, bare: Path, tmp_path: Path) -> None:
+    _with_public_rows(pico, bare)
+    for owner, init in {"acme": "x", "bob": "sentence-transformer"}.items():
+        assert run("register", _package(pico, owner=owner, init=init), registry=bare).code == 0
+    outcome = _plan(run, bare, tmp_path, **LEARNED)
+    assert (outcome.code, outcome.err) == (
+        2,
+        "Error: Manifest 'duo' cannot be composed:\n"
+        "  - the router rows start at different things (the base: 'x', acme/low: 'x', bob/low: "
+        "'sentence-transformer'); all must start alike, the base's public rows too: train them with one row_init, and "
+        "attach public rows made with it (with --embedder, or without)\n",
     )
 
 
@@ -234,6 +340,41 @@ def test_import(
         f"Error: '{folder}' is not a whole FlexOlmo checkpoint:\n  - {problem}\n",
     )
     assert not (tmp_path / "in").exists()
+
+
+def test_imported_experts_beside_the_public_row_of_another_checkpoint(
+    pico: Any, run: Any, tmp_path: Path
+) -> None:
+    """Router tuning moves all rows, the public one too; its experts belong beside the one that moved with them."""
+    from safetensors.numpy import load_file, save_file
+
+    first = pico.once(lambda: _flex(pico), "three experts")
+    tuned = Path(shutil.copytree(first, tmp_path / "tuned"))
+    tensors = load_file(tuned / "model.safetensors")
+    moved = {name: t + 1 if name.endswith("mlp.gate.weight") else t for name, t in tensors.items()}
+    save_file(moved, tuned / "model.safetensors", metadata={"format": "pt"})
+    digests = []
+    for number, (folder, owners) in enumerate({first: ("acme", "bob"), tuned: ("dan", "eve")}.items()):
+        out = tmp_path / str(number)
+        experts = [{"name": f"{owner}/ffn", "domain": "law", "license": "MIT"} for owner in owners]
+        (tmp_path / "owners.yaml").write_text(yaml.safe_dump({"base": "anchor", "experts": experts}))
+        assert run("import", folder, tmp_path / "owners.yaml", "--out", out).code == 0
+        info = json.loads((out / "public-routing" / "routing.json").read_text())
+        digests.append(info["rows"]["public_digest"][:12])
+    registry, bases = tmp_path / "registry", tmp_path / "0"
+    assert run("base", "add", bases / "base", "--name", "anchor", registry=registry).code == 0
+    given = ("public-routing", "anchor", "--from", bases / "public-routing")
+    assert run("base", *given, registry=registry).code == 0
+    for owner in ("dan", "eve"):
+        assert run("register", tmp_path / "1" / "experts" / owner / "ffn", registry=registry).code == 0
+    outcome = run("build", tmp_path / "1" / "manifest.yaml", tmp_path / "out", registry=registry)
+    assert (outcome.code, outcome.err) == (
+        2,
+        "Error: Manifest 'imported' cannot be composed:\n"
+        f"  - the experts' rows were trained beside other public rows ({digests[1]}) than the base publishes "
+        f"({digests[0]})\n",
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def _flex(pico: Any) -> Path:

@@ -103,7 +103,7 @@ def test_everything_in_the_card(
     statistics = Statistics.from_states(x)
     info = RoutingInfo(
         statistics=StatisticsInfo(layer=1, normalization="none", tokens=50, documents=5),
-        rows=RowsInfo(layers=(1, 2), has_bias=True, init="domain_embedding"),
+        rows=RowsInfo(layers=(1, 2), has_bias=True, public_digest="a" * 64, init="domain_embedding"),
     )
     tensors = {
         "statistics.count": np.array([statistics.count]),
@@ -150,7 +150,7 @@ def test_routing_must_be_described(raw: Path, do_pack: Callable[..., ExpertCard]
 
 
 def test_routing_layers_must_exist(raw: Path, do_pack: Callable[..., ExpertCard]) -> None:
-    info = RoutingInfo(rows=RowsInfo(layers=(3,), has_bias=False, init="zeros"))
+    info = RoutingInfo(rows=RowsInfo(layers=(3,), has_bias=False, public_digest="a" * 64, init="zeros"))
     RoutingArtifacts(info=info, tensors={"row.3.weight": np.zeros(32, np.float32)}).save(raw)
     with pytest.raises(AdmissionError) as caught:
         do_pack(raw, routing=info)

@@ -26,7 +26,7 @@ D = 6
 INFO = RoutingInfo(
     statistics=StatisticsInfo(layer=1, normalization="rms", tokens=40, documents=4),
     rows=RowsInfo(layers=(1, 3), has_bias=True, public_digest="a" * 64, init="domain_embedding"),
-    embedding=EmbeddingInfo(model="minilm", dim=3),
+    embedding=EmbeddingInfo(model="minilm", digest="e" * 64, dim=3),
 )
 
 
@@ -70,7 +70,7 @@ def test_round_trip(tmp_path: Path) -> None:
 
 
 def test_parts_are_optional(tmp_path: Path) -> None:
-    info = RoutingInfo(rows=RowsInfo(layers=(0,), has_bias=False, init="zeros"))
+    info = RoutingInfo(rows=RowsInfo(layers=(0,), has_bias=False, public_digest="a" * 64, init="zeros"))
     artifacts = RoutingArtifacts(info=info, tensors={"row.0.weight": np.zeros(D, np.float32)})
     artifacts.save(tmp_path)
     loaded = RoutingArtifacts.load(tmp_path, info)
@@ -272,7 +272,7 @@ def test_statistics_of_real_states_are_admitted(tmp_path: Path) -> None:
     ("data", "problems"),
     [
         (
-            {"rows": {"layers": [2, 1], "has_bias": True, "init": "x"}},
+            {"rows": {"layers": [2, 1], "has_bias": True, "public_digest": "a" * 64, "init": "x"}},
             ["rows.layers: layers must ascend without repetition"],
         ),
         (
@@ -291,8 +291,8 @@ def test_statistics_of_real_states_are_admitted(tmp_path: Path) -> None:
         (
             {"embeding": {}},
             [
-                "embeding: unknown key; did you mean 'embedding'? Allowed: embedding, file, inputs, retrieval, "
-                "rows, statistics"
+                "embeding: unknown key; did you mean 'embedding'? Allowed: anchor, embedding, file, inputs, "
+                "retrieval, rows, statistics"
             ],
         ),
     ],

@@ -103,7 +103,8 @@ class Stock:
 
     def rows(self, family: str, *, seed: int, layers: tuple[int, ...], bias: float | None) -> Any:
         """Router rows of a domain, with one bias or none."""
-        artifacts = self.pico.artifacts(family=family, seed=seed, layers=layers)
+        beside = self.pico.public_digest(family, layers=ALL)
+        artifacts = self.pico.artifacts(family=family, seed=seed, layers=layers, public_digest=beside)
         tensors = {name: tensor for name, tensor in artifacts.tensors.items() if not name.endswith(".bias")}
         if bias is not None:
             tensors |= {f"row.{layer}.bias": np.array([bias], dtype="f4") for layer in layers}

@@ -21,6 +21,7 @@ from experts.card import BaseRef, TrainingInfo
 from experts.fingerprint import tokenizer_fingerprint
 from experts.package import pack
 from experts.routing_artifacts import RoutingArtifacts, RoutingInfo, Statistics, StatisticsInfo
+from experts.routing_origin import AnchorInfo
 from registry import Registry
 from registry.filesystem import FileSystem
 
@@ -154,8 +155,13 @@ def write_statistics(folder: Path, *, seed: int = 0) -> RoutingInfo:
 
 
 @pytest.fixture(scope="session")
-def write_routing() -> Callable[..., RoutingInfo]:
-    return write_statistics
+def write_routing(base_ref: BaseRef) -> Callable[..., RoutingInfo]:
+    """Write public artefacts, made on the base."""
+
+    def write(folder: Path, **options: Any) -> RoutingInfo:
+        return write_statistics(folder, **options).model_copy(update={"anchor": AnchorInfo.of(base_ref)})
+
+    return write
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experts.errors import DataError, ManifestError, TrainingError
 from experts.routing_artifacts import RoutingArtifacts, RoutingInfo
+from experts.routing_origin import embedder_digest
 from pipelines.train.routing import public_routing
 from pipelines.train.rows import (
     centred,
@@ -150,10 +151,13 @@ class _Encoder:
 @pytest.fixture
 def embedder(monkeypatch, tmp_path):
     """Folders of two made-up embedders."""
+    from safetensors.numpy import save_file
+
     monkeypatch.setattr("sentence_transformers.SentenceTransformer", _Encoder)
     for name in ("small", "wide"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "modules.json").write_text("[]")
+        save_file({"table": np.full(2, len(name), dtype="f4")}, tmp_path / name / "model.safetensors")
     return tmp_path / "small"
 
 
@@ -237,9 +241,9 @@ def test_embeddings_of_two_embedders_are_not_centred_by_each_other(
     with pytest.raises(ManifestError) as caught:
         _trained_row(job, base, tmp_path / "out")
     assert str(caught.value) == (
-        "row_init: the embedder 'wide' gives vectors of 40 numbers, but the base's public embedding is 'small' with "
-        "16. Rows of different embedders cannot be compared: use 'small', or attach public routing artefacts made "
-        "with --embedder wide."
+        f"row_init: the embedder 'wide' ({embedder_digest(tmp_path / 'wide')[:12]}) gives vectors of 40 numbers, but "
+        f"the base's public embedding is 'small' ({embedder_digest(embedder)[:12]}) with 16. Rows of different "
+        "embedders cannot be compared: use 'small', or attach public routing artefacts made with --embedder wide."
     )
     without = _public(anchor, texts, tmp_path / "other", rows_layers=(2, 3))
     with pytest.raises(ManifestError) as caught:

@@ -21,6 +21,12 @@ from experts.routing_artifacts import RoutingInfo
 
 __all__ = ["LearnedScorer"]
 
+_BESIDE_ANY = ({"random"}, {"sentence-transformer-centred"})
+"""Starts that all owners may have together beside any public rows: the ablation without a start (FlexOlmo, table 1),
+and embeddings that were centred by a public row of other coordinates, whose difference to it is what counts."""
+_UNKNOWN = ("imported",)
+"""A checkpoint does not say where its rows started; the digest of the public rows still holds."""
+
 
 class LearnedOptions(ScorerOptions):
     """Settings of the learned rows."""
@@ -69,7 +75,7 @@ class LearnedScorer(Scorer):
         if public is None or public.rows is None:
             found.append("the base publishes no public rows (see `coterie base public-routing --help`)")
         public_layers = set() if public is None or public.rows is None else set(public.rows.layers)
-        digests = set()
+        digests: set[str] = set()
         for name, (info, layers) in experts.items():
             if info is None or info.rows is None:
                 found.append(
@@ -84,10 +90,10 @@ class LearnedScorer(Scorer):
             if public_layers and uncovered:
                 found.append(f"{name} changes layers {uncovered}, for which the base publishes no public row")
         if len(digests) > 1:
-            shown = ", ".join(sorted(str(d)[:12] for d in digests))
+            shown = ", ".join(sorted(digest[:12] for digest in digests))
             found.append(f"the experts' rows were trained beside different public rows ({shown})")
         found += _foreign_public_rows(public, digests)
-        return found + _foreign_embedders(public, experts)
+        return found + _mixed_starts(public, experts) + _foreign_embedders(public, experts)
 
     @classmethod
     def make(cls, inputs: ScorerInputs, options: Any) -> Self:
@@ -145,15 +151,33 @@ class LearnedScorer(Scorer):
         return rows.index_select(0, kept), None if bias is None else bias.index_select(0, kept)
 
 
-def _foreign_public_rows(public: RoutingInfo | None, digests: set[str | None]) -> list[str]:
+def _foreign_public_rows(public: RoutingInfo | None, digests: set[str]) -> list[str]:
     """All agree with each other, but not with the row they would be composed beside."""
-    own = None if public is None or public.rows is None else public.rows.public_digest
-    (digest,) = digests if len(digests) == 1 else (None,)
-    if own is None or digest in (own, None):
+    if public is None or public.rows is None or len(digests) != 1:
+        return []
+    own, (digest,) = public.rows.public_digest, digests
+    if digest == own:
         return []
     return [
-        f"the experts' rows were trained beside other public rows ({str(digest)[:12]}) than the base publishes "
+        f"the experts' rows were trained beside other public rows ({digest[:12]}) than the base publishes "
         f"({own[:12]})"
+    ]
+
+
+def _mixed_starts(
+    public: RoutingInfo | None, experts: Mapping[str, tuple[RoutingInfo | None, Sequence[int]]]
+) -> list[str]:
+    """Rows that start at different things lie in different coordinates, and their products say nothing together."""
+    starts = {name: info.rows.init for name, (info, _) in experts.items() if info and info.rows}
+    if public is not None and public.rows is not None and set(starts.values()) not in _BESIDE_ANY:
+        starts = {"the base": public.rows.init, **starts}
+    known = {name: start for name, start in starts.items() if start not in _UNKNOWN}
+    if len(set(known.values())) < 2:
+        return []
+    shown = ", ".join(f"{name}: '{start}'" for name, start in known.items())
+    return [
+        f"the router rows start at different things ({shown}); all must start alike, the base's public rows too: train "
+        "them with one row_init, and attach public rows made with it (with --embedder, or without)"
     ]
 
 
@@ -163,7 +187,12 @@ def _foreign_embedders(
     """Rows that start at embeddings can be compared only where one embedder made them; the base says which."""
     made = {} if public is None or public.embedding is None else {"the base": public.embedding}
     made |= {name: info.embedding for name, (info, _) in experts.items() if info and info.embedding}
-    if len({(info.model, info.dim) for info in made.values()}) < 2:
+    if len({(info.digest, info.dim) for info in made.values()}) < 2:
         return []
-    shown = ", ".join(f"{name}: '{info.model}' ({info.dim})" for name, info in made.items())
-    return [f"the domain embeddings were made by different embedders ({shown})"]
+    shown = ", ".join(
+        f"{name}: '{info.model}' ({info.dim}, {info.digest[:12]})" for name, info in made.items()
+    )
+    return [
+        f"the domain embeddings were made by different embedders ({shown}); one embedder must make them all: train "
+        "with the same row_init"
+    ]
