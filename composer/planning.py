@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from composer.lock import OptOutClass
 from composer.manifest import Manifest
-from composer.presets import expand_preset
+from composer.presets import expand_preset, norms_ffn_output
 from composer.recipes import RECIPES
 from composer.recipes.base import Candidate, Recipe
 from experts.base import BaseDescription
@@ -158,7 +158,10 @@ def plan(manifest: Manifest, registry: Source, *, changed: bool = False) -> Plan
         experts=experts,
         left_out=left_out,
         optout_class=recipe.optout(manifest),
-        warnings=tuple(recipe.warnings(manifest=manifest, experts=cards)),
+        warnings=(
+            *recipe.warnings(manifest=manifest, experts=cards),
+            *_scale_warnings(manifest, base, len(cards)),
+        ),
         **_costs(base, description, experts, active, counted),
     )
 
@@ -237,6 +240,19 @@ def _top_k_problems(manifest: Manifest) -> list[str]:
     return [
         f"router.top_k: {top_k} found, but {listed} {noun} and the anchor are all that a token can be sent to; "
         f"write at most {listed + 1}"
+    ]
+
+
+def _scale_warnings(manifest: Manifest, base: BaseRecord, experts: int) -> list[str]:
+    """Warn where weights that do not sum to 1 scale an FFN whose scale matters; all experts' weights do sum to 1."""
+    router = manifest.router
+    everybody = router.selector == "topk" and router.top_k > experts
+    if manifest.recipe != "flexolmo" or router.normalize or everybody or norms_ffn_output(base.description):
+        return []
+    return [
+        f"router.normalize is false, and '{base.name}' does not normalise what its FFNs return, as OLMo-2 does: the "
+        "weights of the chosen experts sum to less than 1 and scale every FFN down, so that even copies of the "
+        "anchor's would change the model. Write 'normalize: true'."
     ]
 
 

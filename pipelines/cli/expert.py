@@ -305,11 +305,24 @@ def _print_summary(done: Compressed, out: Path | None) -> None:
         {
             "from": f"{done.source.name}@{done.source.version}",
             "error": f"{report.relative_error:.2%} of the difference to the anchor (Frobenius norm)",
+            **_cap(report),
             "size": f"{human_bytes(report.bytes_before)} -> {human_bytes(report.bytes_after)}, "
             f"{_share(report):.1%}",
             "written": f"{out}: {done.name}@{done.version}, to be registered" if out else "nothing",
         }
     )
+
+
+def _cap(report: CompressionReport) -> dict[str, str]:
+    """Say so where ``auto`` came to the end of its bytes before the energy that it looks for."""
+    if not report.capped:
+        return {}
+    from pipelines.compression.ranks import AUTO_ENERGY
+
+    return {
+        "cap": f"a third of the bytes, not {AUTO_ENERGY} of the energy, set the rank of {report.capped} of "
+        f"{len(report.linears)} matrices; {report.energy:.1%} of the energy is kept"
+    }
 
 
 def _share(report: CompressionReport) -> float:

@@ -161,6 +161,7 @@ def _compress_linear(
             error=float((change - b.double() @ a.double()).norm()),
             bytes_before=(full.numel() + bias) * size,
             bytes_after=(a.numel() + b.numel()) * size,
+            capped=rule.capped(factors.squared, rank=factors.rank),
         ),
     )
 

@@ -58,6 +58,12 @@ class RankRule:
             limits.append(math.floor(self.byte_share * math.prod(shape) / sum(shape)))
         return max(1, min(limits))
 
+    def capped(self, squared: NDArray[np.float64], *, rank: int) -> bool:
+        """Whether a limit of bytes left a linear with a smaller rank than the energy asks for."""
+        if self.byte_share is None or self.energy is None:
+            return False
+        return rank < min(_smallest(squared, self.energy), len(squared), MAX_RANK)
+
 
 def _smallest(squared: NDArray[np.float64], share: float) -> int:
     """Return the smallest r whose first r squares make up ``share`` of all."""

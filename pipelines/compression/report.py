@@ -25,6 +25,7 @@ class LinearCost:
         error: Frobenius norm of D - B A, with A and B as they are stored.
         bytes_before: Of the full matrix, and its bias where there is one.
         bytes_after: Of A and B.
+        capped: Whether a limit of bytes left it with a smaller rank than the energy asks for.
     """
 
     name: str
@@ -34,6 +35,7 @@ class LinearCost:
     error: float
     bytes_before: int
     bytes_after: int
+    capped: bool = False
 
     @property
     def relative_error(self) -> float:
@@ -71,6 +73,16 @@ class CompressionReport:
         return math.hypot(*(linear.error for linear in self.linears)) / norm if norm else 0.0
 
     @property
+    def energy(self) -> float:
+        """Share of the changes' squared norm that is kept."""
+        return 1 - self.relative_error**2
+
+    @property
+    def capped(self) -> int:
+        """How many linears a limit of bytes left with a smaller rank than the energy asks for."""
+        return sum(linear.capped for linear in self.linears)
+
+    @property
     def bytes_before(self) -> int:
         """Of the full matrices."""
         return sum(linear.bytes_before for linear in self.linears)
@@ -85,7 +97,8 @@ class CompressionReport:
         return {
             "rank": self.rule,
             "relative_error": self.relative_error,
-            "energy": 1 - self.relative_error**2,
+            "energy": self.energy,
+            "capped": self.capped,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
             "linears": [

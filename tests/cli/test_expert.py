@@ -96,6 +96,24 @@ def test_a_rank_that_saves_nothing(run: Any, stocked: Path) -> None:
     assert share > 1.5
 
 
+def test_auto_says_when_its_bytes_and_not_the_energy_decided(run: Any, stocked: Path) -> None:
+    args = ("expert", "compress", "acme/full", "--dry-run")
+    report = run(*args, "--rank", "auto", "--json", registry=stocked).json
+    asked = run(*args, "--rank", "energy=0.9", "--json", registry=stocked).json
+    smaller = [a["rank"] < b["rank"] for a, b in zip(report["linears"], asked["linears"], strict=True)]
+    assert [linear["capped"] for linear in report["linears"]] == smaller
+    assert report["capped"] == len(smaller) == 6
+    assert report["energy"] < 0.9
+    outcome = run(*args, "--rank", "auto", registry=stocked)
+    said = [" ".join(line.split()) for line in outcome.out.splitlines() if line.startswith("cap")]
+    assert said == [
+        "cap: a third of the bytes, not 0.9 of the energy, set the rank of 6 of 6 matrices; "
+        f"{report['energy']:.1%} of the energy is kept"
+    ]
+    assert asked["capped"] == 0
+    assert "\ncap:" not in run(*args, "--rank", "energy=0.9", registry=stocked).out
+
+
 def test_json_dry_run(run: Any, stocked: Path, tmp_path: Path) -> None:
     outcome = run(
         "expert", "compress", "acme/full", "--rank", "auto", "--dry-run", "--json", registry=stocked
@@ -111,6 +129,7 @@ def test_json_dry_run(run: Any, stocked: Path, tmp_path: Path) -> None:
         "rank",
         "relative_error",
         "energy",
+        "capped",
         "bytes_before",
         "bytes_after",
         "linears",

@@ -90,6 +90,53 @@ def test_more_experts_per_token_than_are_left(pico: Any, manifest: Callable[...,
     )
 
 
+SCALED = (
+    "router.normalize is false, and '{}' does not normalise what its FFNs return, as OLMo-2 does: the weights of the "
+    "chosen experts sum to less than 1 and scale every FFN down, so that even copies of the anchor's would change the "
+    "model. Write 'normalize: true'."
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "router", "warned"),
+    [
+        ("llama", {"top_k": 2, "normalize": False}, True),
+        ("llama", {"top_k": 2, "normalize": True}, False),
+        ("llama", {"top_k": 4, "normalize": False}, False),  # the anchor and all three experts: they sum to 1
+        ("llama", {"top_k": 4, "normalize": False, "selector": "topp"}, True),
+        ("olmo2", {"top_k": 2, "normalize": False}, False),
+    ],
+)
+def test_weights_that_scale_the_ffn(
+    pico: Any, manifest: Callable[..., Any], family: str, router: dict[str, Any], warned: bool
+) -> None:
+    planned = plan(manifest(family=family, **router), pico.library(family))
+    assert planned.warnings == ((SCALED.format(family),) if warned else ())
+
+
+@pytest.mark.parametrize(("top_k", "same"), [(2, False), (4, True)])
+def test_the_warning_of_the_scale_is_right(pico: Any, top_k: int, same: bool) -> None:
+    """Copies of the anchor's FFN are the anchor wherever no warning is given, and not where one is."""
+    import torch
+
+    import composer
+    from composer import build
+
+    registry = pico.fresh_library()
+    for owner in ("ann", "ben", "cat"):
+        raw = pico.write_ffn(pico.scratch("raw"), seed=1, layers=(2, 3), copy=True)
+        registry.register(
+            pico.pack(raw, name=f"{owner}/copy", artifacts=pico.artifacts(seed=1, layers=(2, 3)))
+        )
+    experts = ("ann/copy", "ben/copy", "cat/copy")
+    planned = plan(pico.manifest(experts=experts, top_k=top_k, normalize=False), registry)
+    assert bool(planned.warnings) is not same
+    model = composer.load(build(planned, pico.scratch("copies"), registry=registry), dtype="float32")
+    with torch.no_grad():
+        difference = (model(pico.prompts()).logits - pico.dense()(pico.prompts()).logits).abs().max()
+    assert bool(difference < 1e-4) is same
+
+
 def test_unknown_names(pico: Any, manifest: Callable[..., Any]) -> None:
     registry = pico.library()
     known = "acme/full, acme/low, bob/full, bob/low, zoe/full, zoe/low"

@@ -35,6 +35,16 @@ def test_auto_is_the_energy_within_a_third_of_the_bytes(shape: tuple[int, int], 
     assert parse_rank("auto").choose(SQUARED, shape=shape) == rank
 
 
+@pytest.mark.parametrize(("shape", "capped"), [((6, 6), True), ((60, 60), False), ((6, 1000), True)])
+def test_whether_the_bytes_decided(shape: tuple[int, int], capped: bool) -> None:
+    """Nine tenths of the energy are two values."""
+    rule = parse_rank("auto")
+    assert rule.capped(SQUARED, rank=rule.choose(SQUARED, shape=shape)) is capped
+    assert not parse_rank("1").capped(SQUARED, rank=1)
+    assert not parse_rank("energy=0.9").capped(SQUARED, rank=2)
+    assert not rule.capped(np.zeros(6), rank=1)
+
+
 def test_auto_on_real_shapes() -> None:
     """Of SmolLM2-135M; an even spectrum, whose energy would take nine tenths of the rank."""
     rank = parse_rank("auto").choose(np.ones(576), shape=(1536, 576))
