@@ -12,22 +12,30 @@ import os
 import sqlalchemy as sa
 
 from experts.errors import ConsentError, RegistryError
-from experts.names import unknown_name
+from experts.names import check_owner_name, unknown_name
 from registry import index
 from registry.records import ConsentAction, ConsentRecord, OptOut
 from registry.storage import Storage
 
 __all__ = ["current_opt_outs", "history", "known_owners", "opt_in", "opt_out", "require_consent"]
 
+_RECORD_ANYWAY = (
+    " The opt-out was not recorded. Somebody else, whose text was tuned on or whose documents are in an index, opts "
+    "out with --unknown-owner (allow_unknown=True)."
+)
 _MAX_REASON = 2000
 _MAX_WHO = 200
 
 
-def opt_out(storage: Storage, owner: str, *, reason: str, by: str | None) -> OptOut:
+def opt_out(
+    storage: Storage, owner: str, *, reason: str, by: str | None, allow_unknown: bool = False
+) -> OptOut:
     """Add an opt-out to the ledger. Errors: see `registry.Registry.opt_out`."""
     reason, who = _checked_text("reason", reason, limit=_MAX_REASON), _checked_who(by)
+    check_owner_name(owner)
     with storage.write(doing=f"opting out '{owner}'") as connection:
-        _require_owner(connection, owner, root=str(storage.root))
+        if not allow_unknown:
+            _require_owner(connection, owner, root=str(storage.root), advice=_RECORD_ANYWAY)
         if (present := _find(connection, owner)) is not None:
             raise RegistryError(
                 f"'{owner}' is opted out already: since {present.when}, by {present.who}, because: "
@@ -102,11 +110,12 @@ def _find(connection: sa.Connection, owner: str) -> OptOut | None:
     return next((record for record in current_opt_outs(connection) if record.owner == owner), None)
 
 
-def _require_owner(connection: sa.Connection, owner: str, *, root: str) -> None:
-    owners = known_owners(connection)
+def _require_owner(connection: sa.Connection, owner: str, *, root: str, advice: str = "") -> None:
+    """Refuse who is neither an expert's owner nor in the ledger: a slip of the pen would leave the wrong one out."""
+    owners = known_owners(connection) | {record.owner for record in history(connection)}
     if owner not in owners:
-        advice = f"Owners are those with an expert in the registry '{root}'."
-        raise unknown_name("owner", owner, owners, advice=advice)
+        said = f"Owners are those with an expert in the registry '{root}'."
+        raise unknown_name("owner", owner, owners, advice=f"{said}{advice}")
 
 
 def _action(text: str) -> ConsentAction:

@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from experts.errors import RegistryError
 from registry import consent, lookup
 from registry.audit import read_entries, utc_now
 from registry.filesystem import FileSystem
@@ -52,7 +53,8 @@ class Registry:
 
     Every method raises `RegistryError` when the folder is not a registry, was written by a newer coterie, is
     busy for too long, or (for changes) cannot be written or is full; and `IntegrityError` when the index is
-    damaged or missing. A folder that does not exist reads as an empty registry; the first change creates it.
+    damaged or missing. A folder that does not exist reads as an empty registry, save for `opt_outs`; the first
+    change creates it.
 
     Args:
         path: The registry's folder; None: see `default_path`.
@@ -70,6 +72,7 @@ class Registry:
         busy_seconds: float = 60.0,
     ) -> None:
         self.path = default_path() if path is None else Path(path)
+        self._is_named = path is not None or bool(os.environ.get("COTERIE_REGISTRY"))
         self._storage = Storage(self.path, files=files, clock=clock, busy_seconds=busy_seconds)
 
     def __repr__(self) -> str:
@@ -107,7 +110,7 @@ class Registry:
 
         Raises:
             UnknownNameError: There is no such base.
-            AdmissionError: The file is not what ``info`` declares or does not fit the base.
+            AdmissionError: The file is not what ``info`` declares, does not fit the base, or was made on another one.
         """
         from registry.bases import set_base_routing
 
@@ -228,19 +231,23 @@ class Registry:
 
     # Consent
 
-    def opt_out(self, owner: str, *, reason: str, by: str | None = None) -> OptOut:
+    def opt_out(
+        self, owner: str, *, reason: str, by: str | None = None, allow_unknown: bool = False
+    ) -> OptOut:
         """Record that an owner leaves: nothing of theirs is registered or composed from now on.
 
         Args:
-            owner: Somebody with a registered expert.
+            owner: Somebody with a registered expert, or who is in the ledger.
             reason: Why, on one line.
             by: Who says so; None: the name of the user who runs this.
+            allow_unknown: Whether to take anybody's name: text that was tuned on and documents in an index have
+                owners too, and the registry does not know them.
 
         Raises:
-            UnknownNameError: There is no such owner.
+            UnknownNameError: There is no such owner, or the name is malformed.
             RegistryError: The owner is out already; or a reason or name that is empty or not printable.
         """
-        return consent.opt_out(self._storage, owner, reason=reason, by=by)
+        return consent.opt_out(self._storage, owner, reason=reason, by=by, allow_unknown=allow_unknown)
 
     def opt_in(self, owner: str, *, reason: str, by: str | None = None) -> ConsentRecord:
         """Record that an owner comes back.
@@ -252,9 +259,20 @@ class Registry:
         return consent.opt_in(self._storage, owner, reason=reason, by=by)
 
     def opt_outs(self) -> list[OptOut]:
-        """Return the owners who are out now, by name."""
+        """Return the owners who are out now, by name.
+
+        Raises:
+            RegistryError: A path was given, here or in ``COTERIE_REGISTRY``, and no registry is there: a ledger that
+                nobody wrote must not pass for one that leaves nobody out. Somebody without any registry asks nobody.
+        """
         with self._storage.read() as connection:
-            return consent.current_opt_outs(connection)
+            found = consent.current_opt_outs(connection)
+        if self._is_named and not self._storage.index.path.exists():
+            raise RegistryError(
+                f"There is no registry '{self.path}', so nobody can say who has opted out. Correct the path given by "
+                "--registry, COTERIE_REGISTRY or registry=, or name no registry."
+            )
+        return found
 
     def opt_out_history(self) -> list[ConsentRecord]:
         """Return the whole consent ledger in order."""

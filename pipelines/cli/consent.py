@@ -40,6 +40,13 @@ def add(
     owner: OwnerArgument,
     reason: Annotated[str, typer.Option("--reason", help="Why, in a few words.", show_default=False)],
     by: ByOption = None,
+    unknown_owner: Annotated[
+        bool,
+        typer.Option(
+            "--unknown-owner",
+            help="Take a name without an expert here: an owner of text that was tuned on, or of documents.",
+        ),
+    ] = False,
     registry: RegistryOption = None,
 ) -> None:
     """Leave an owner out of every composition from now on.
@@ -47,7 +54,7 @@ def add(
     No new manifest may name the owner's experts, and builds leave them out. Folders built earlier leave
     the owner out when they are loaded beside this registry.
     """
-    open_registry(context, registry).opt_out(owner, reason=reason, by=by)
+    open_registry(context, registry).opt_out(owner, reason=reason, by=by, allow_unknown=unknown_owner)
     print_line(f"Owner '{owner}' has opted out.")
 
 

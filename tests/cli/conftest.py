@@ -52,8 +52,9 @@ def run() -> Coterie:
 
 @pytest.fixture(autouse=True)
 def _no_user_registry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Keep the user's own registry out of reach."""
-    monkeypatch.setenv("COTERIE_REGISTRY", str(tmp_path / "default-registry"))
+    """Be a user who has no registry and names none."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.delenv("COTERIE_REGISTRY", raising=False)
     monkeypatch.delenv("COTERIE_TRACEBACK", raising=False)
 
 

@@ -245,8 +245,12 @@ class TestOptOut:
         assert (outcome.code, outcome.out) == (2, "")
         assert outcome.err == (
             "Error: Unknown owner 'acne'. Did you mean 'acme'? Known: acme, hosp, soft. Owners are those with an "
-            f"expert in the registry '{registry}'.\n"
+            f"expert in the registry '{registry}'. The opt-out was not recorded. Somebody else, whose text was tuned "
+            "on or whose documents are in an index, opts out with --unknown-owner (allow_unknown=True).\n"
         )
+        words = ("opt-out", "add", "word", "--unknown-owner", "--reason", "x")
+        assert run(*words, registry=registry).out == "Owner 'word' has opted out.\n"
+        assert [row["owner"] for row in run("opt-out", "list", "--json", registry=registry).json] == ["word"]
 
     def test_a_reason_is_needed(self, run: Any, registry: Path) -> None:
         outcome = run("opt-out", "add", "acme", registry=registry)

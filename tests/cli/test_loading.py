@@ -83,3 +83,19 @@ def test_everybody_left_out_is_said(run: Any, composed: Path) -> None:
     outcome = run("generate", composed, *GENERATE, *everybody)
     assert (outcome.code, outcome.json["owners"]) == (0, [])
     assert outcome.err == "Note: every owner is left out: the base model answers alone.\n"
+
+
+def test_a_registry_that_does_not_exist_is_no_ledger(
+    run: Any, brain_float: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Named in any of three places; whoever names none needs none, as the tests above show."""
+    said = (
+        f"Error: There is no registry '{tmp_path / 'typo'}', so nobody can say who has opted out. Correct the path "
+        "given by --registry, COTERIE_REGISTRY or registry=, or name no registry.\n"
+    )
+    words = ("generate", brain_float / "chosen", *GENERATE)
+    for outcome in (run(*words, registry=tmp_path / "typo"), run(*words, "--registry", tmp_path / "typo")):
+        assert (outcome.code, outcome.out, outcome.err) == (2, "", said)
+    monkeypatch.setenv("COTERIE_REGISTRY", str(tmp_path / "typo"))
+    outcome = run(*words)
+    assert (outcome.code, outcome.out, outcome.err) == (2, "", said)

@@ -23,6 +23,7 @@ from experts.errors import (
     CoterieError,
     IntegrityError,
     OptOutError,
+    RegistryError,
     UnknownNameError,
 )
 
@@ -124,6 +125,10 @@ def test_a_registry_revokes(pico: Any) -> None:
         assert model.owners == ("acme", "zoe")
     assert torch.equal(_logits(model, pico), _logits(load(folder, opt_out={"bob"}), pico))
     assert load(folder, registry=registry, opt_out={"acme"}).owners == ("zoe",)
+    with pytest.raises(
+        RegistryError, match=r"There is no registry '.*-typo', so nobody can say who has opted out"
+    ):
+        load(folder, registry=f"{registry.path}-typo")
     registry.opt_in("bob", reason="back", by="bob")
     assert load(folder, registry=registry).owners == ("acme", "bob", "zoe")
 

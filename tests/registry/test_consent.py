@@ -97,10 +97,30 @@ def test_opting_in_needs_an_opt_out(library: Registry) -> None:
 def test_an_unknown_owner_is_named_with_the_nearest(library: Registry, verb: str) -> None:
     with pytest.raises(UnknownNameError) as caught:
         getattr(library, verb)("acne", reason="x")
+    anyway = (
+        " The opt-out was not recorded. Somebody else, whose text was tuned on or whose documents are in an index, "
+        "opts out with --unknown-owner (allow_unknown=True)."
+    )
     assert str(caught.value) == (
         "Unknown owner 'acne'. Did you mean 'acme'? Known: acme, hosp, soft. Owners are those with an "
-        f"expert in the registry '{library.path}'."
+        f"expert in the registry '{library.path}'.{anyway if verb == 'opt_out' else ''}"
     )
+
+
+def test_somebody_without_an_expert_opts_out_and_in(library: Registry) -> None:
+    """An owner of text or of documents; whoever was in the ledger once is known."""
+    library.opt_out("word", reason="no more", allow_unknown=True)
+    assert [record.owner for record in library.opt_outs()] == ["word"]
+    assert library.owners() == {"acme", "hosp", "soft"}
+    assert library.fsck(rebuild=True).ok
+    library.opt_in("word", reason="back")
+    assert library.opt_outs() == []
+    library.opt_out("word", reason="again")
+    assert [record.owner for record in library.opt_outs()] == ["word"]
+    with pytest.raises(
+        UnknownNameError, match=r"'Word' is not an owner name: use 1 to 64 lower-case letters"
+    ):
+        library.opt_out("Word", reason="x", allow_unknown=True)
 
 
 @pytest.mark.parametrize("reason", ["", "  ", "two\nlines", "\x1b[31mred", "x" * 2001])

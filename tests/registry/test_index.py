@@ -104,11 +104,34 @@ def test_a_missing_folder_reads_as_empty_and_is_not_created(tmp_path: Path) -> N
     assert registry.experts() == []
     assert registry.bases() == []
     assert registry.owners() == set()
-    assert registry.opt_outs() == []
     assert registry.audit() == []
     assert registry.next_version("acme/contracts") == 1
     assert registry.fsck().ok
     assert not (tmp_path / "none").exists()
+
+
+def test_the_ledger_of_a_registry_that_does_not_exist_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A misspelt path must not pass for a registry in which nobody has opted out; whoever names none has none."""
+
+    def message(registry: Registry) -> str:
+        with pytest.raises(RegistryError) as caught:
+            registry.opt_outs()
+        return str(caught.value)
+
+    wanted = (
+        f"There is no registry '{tmp_path / 'typo'}', so nobody can say who has opted out. Correct the path given by "
+        "--registry, COTERIE_REGISTRY or registry=, or name no registry."
+    )
+    assert message(Registry(tmp_path / "typo")) == wanted
+    monkeypatch.setenv("COTERIE_REGISTRY", str(tmp_path / "typo"))
+    assert message(Registry()) == wanted
+    (tmp_path / "typo").mkdir()
+    assert message(Registry()) == wanted  # an empty folder is none either
+    monkeypatch.delenv("COTERIE_REGISTRY")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    assert Registry().opt_outs() == []
 
 
 def test_an_empty_folder_reads_as_an_empty_registry(tmp_path: Path) -> None:
