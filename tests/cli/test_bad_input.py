@@ -242,8 +242,8 @@ def test_public_rows_that_are_not_those_declared(pico: Any, run: Any, bare: Path
     outcome = run("base", "public-routing", "llama", "--from", folder, registry=bare)
     assert (outcome.code, outcome.err) == (
         2,
-        f"Error: {folder / 'routing.json'} has 1 problem:\n  - rows.public_digest: rows need the digest of the public rows "
-        "beside them; make them anew\n",
+        f"Error: {folder / 'routing.json'} has 1 problem:\n  - rows.public_digest: rows need the digest of the "
+        "public rows beside them; make them anew\n",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -252,6 +253,59 @@ def test_embeddings_of_two_embedders_are_not_centred_by_each_other(
         "row_centre needs the embedding of public text: the base publishes none. Give public text, or attach public "
         "routing artefacts made with --embedder."
     )
+
+
+def test_two_embedders_in_folders_of_one_name_are_two(anchor, texts, embedder, make_job, tmp_path):
+    """And one embedder under two names is one: what counts are its weights and its tokenizer."""
+    base = _public(anchor, texts, tmp_path / "public", rows_layers=(2, 3), embedder=embedder)
+    settings = {"coordination": True, "held_out": 0, "steps": 1, "row_centre": True}
+    renamed = shutil.copytree(embedder, tmp_path / "all-small")
+    _, artifacts, _ = _trained_row(make_job(**settings, row_init=str(renamed)), base, tmp_path / "one")
+    found = artifacts.info.embedding
+    assert (found.model, found.digest) == ("all-small", base.routing_info.embedding.digest)
+    namesake = shutil.copytree(embedder, tmp_path / "elsewhere" / "small")
+    (namesake / "tokenizer.json").write_text("{}")
+    with pytest.raises(ManifestError) as caught:
+        _trained_row(make_job(**settings, row_init=str(namesake)), base, tmp_path / "two")
+    assert str(caught.value) == (
+        f"row_init: the embedder 'small' ({embedder_digest(namesake)[:12]}) gives vectors of 16 numbers, but the "
+        f"base's public embedding is 'small' ({embedder_digest(embedder)[:12]}) with 16. Rows of different embedders "
+        "cannot be compared: use 'small', or attach public routing artefacts made with --embedder small."
+    )
+
+
+@pytest.mark.parametrize(
+    ("at_embedding", "shown"),
+    [
+        (True, ("sentence-transformer", "anchor", "with")),
+        (False, ("anchor", "sentence-transformer", "without")),
+    ],
+)
+def test_rows_that_cannot_stand_beside_the_public_ones_are_not_trained(
+    at_embedding, shown, anchor, texts, embedder, make_job, tmp_path
+):
+    base = _public(
+        anchor, texts, tmp_path / "public", rows_layers=(2, 3), embedder=None if at_embedding else embedder
+    )
+    job = make_job(coordination=True, row_init=str(embedder) if at_embedding else "anchor")
+    with pytest.raises(ManifestError) as caught:
+        _trained_row(job, base, tmp_path / "out")
+    own, public, word = shown
+    assert str(caught.value) == (
+        f"row_init: rows that start at '{own}' cannot be compared with the base's public rows, which start at "
+        f"'{public}'. Choose the row_init that they were made with, or attach public rows made {word} --embedder."
+    )
+    assert caught.value.exit_code == 2
+
+
+def test_rows_centred_beside_public_rows_of_other_coordinates_say_so(
+    anchor, texts, embedder, make_job, tmp_path
+):
+    base = _public(anchor, texts, tmp_path / "public", rows_layers=(2, 3))
+    settings = {"coordination": True, "held_out": 0, "steps": 1, "row_centre": True}
+    job = make_job(**settings, row_init=str(embedder), public=str(texts["public"]))
+    _, artifacts, _ = _trained_row(job, base, tmp_path / "out")
+    assert artifacts.info.rows.init == "sentence-transformer-centred"
 
 
 def test_the_digest_of_rows_follows_layers_and_values():
