@@ -119,7 +119,7 @@ def run_block(block: Block, folder: Path, run: Callable[..., str], monkeypatch: 
         raise AssertionError(f"{block.place}: a {block.language} block can be shown from a file or skipped")
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/own-experts.md"])
 def test_document(
     name: str,
     workplace: Path,
