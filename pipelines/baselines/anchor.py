@@ -146,6 +146,7 @@ class Anchor:
 
 def load_model(context: BaselineContext, description: BaseDescription) -> nn.Module:
     """Load a context's anchor, frozen, where the context computes."""
+    from pipelines.devices import find_device
     from pipelines.train.anchor import ResolvedBase, load_anchor
 
     record = context.registry.base(context.base)
@@ -156,9 +157,11 @@ def load_model(context: BaselineContext, description: BaseDescription) -> nn.Mod
         folder = Path(scratch)
         _link_files(record, context.registry, folder)
         model, _ = load_anchor(
-            ResolvedBase(folder=folder, ref=ref, description=description), dtype=context.dtype
+            ResolvedBase(folder=folder, ref=ref, description=description),
+            dtype=context.dtype,
+            device=find_device(context.device),
         )
-    return model.to(context.device)
+    return model
 
 
 def _link_files(record: BaseRecord, source: Source, folder: Path) -> None:

@@ -48,7 +48,7 @@ class BaselineContext:
         base: The anchor's name there.
         experts: Domain -> reference of its expert. Arms go through them by name, whatever the order here.
         dtype: ``float32`` or ``bfloat16``; None: what `pipelines.train.anchor.compute_dtype` says.
-        device: Where to compute.
+        device: Where to compute: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``, a GPU where there is one.
         scratch: Folder for temporary files; None: the system's.
         state_bytes: How much memory states of the layers below all experts may take, which the arms share.
     """
@@ -179,6 +179,7 @@ class BaselineContext:
         """Return the anchor, loaded at the first call.
 
         Raises:
+            ManifestError: The device is not there.
             UnknownNameError: The registry has no such base.
             PlanError: An expert is unknown or belongs to another anchor.
             ConsentError: An owner has opted out.

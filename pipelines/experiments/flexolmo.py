@@ -29,9 +29,15 @@ class FlexOlmoComparison(ExperimentKind):
     metric = "nll"
 
     def texts(self, experiment: Experiment, *, tell: Tell | None) -> Texts:
-        """Fetch the documents."""
+        """Fetch the documents.
+
+        Raises:
+            ManifestError: The device is not there.
+        """
+        from pipelines.devices import find_device
         from pipelines.experiments.world import read_texts
 
+        find_device(experiment.device)  # before anything is fetched
         return read_texts(experiment, tell=tell)
 
     def prepare(self, experiment: Experiment, texts: Texts, *, folder: Path, tell: Tell | None) -> bool:

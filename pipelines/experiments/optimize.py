@@ -37,8 +37,8 @@ def optimize(
     """Train parameters on windows with AdamW; return the mean loss of the last quarter of the steps.
 
     Args:
-        model: A causal LM; left in eval mode.
-        ids: int64 ``(windows, length)``; gone through in a fresh random order per epoch.
+        model: A causal LM, on any device; left in eval mode.
+        ids: int64 ``(windows, length)``, on any device; gone through in a fresh random order per epoch.
         parameters: What is trained.
         steps: Steps of the optimiser.
         batch_size: Windows in a step.
@@ -53,6 +53,7 @@ def optimize(
     """
     for parameter in parameters:
         parameter.requires_grad_(True)
+    ids = ids.to(next(model.parameters()).device)
     result = train(
         parameters=parameters,
         undecayed=[],

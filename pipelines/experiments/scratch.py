@@ -28,6 +28,7 @@ def train_anchor(
     *,
     out: Path,
     sequence_length: int,
+    device: str = "cpu",
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Path:
     """Train an anchor and write its checkpoint folder; what is there already is kept.
@@ -37,6 +38,7 @@ def train_anchor(
         texts: Documents of the public mix.
         out: The folder; it appears when it is complete.
         sequence_length: Tokens in a window.
+        device: Where it is trained. It starts at the same weights on every device.
         progress: Called with steps done, steps in all, and the loss.
     """
     if out.is_dir():
@@ -60,7 +62,7 @@ def train_anchor(
     torch.manual_seed(settings.seed)
     model = AutoModelForCausalLM.from_config(_config(settings, sequence_length), dtype=torch.float32)
     optimize(
-        model,
+        model.to(device),
         torch.from_numpy(windows.ids).long(),
         parameters=list(model.parameters()),
         steps=settings.steps,
@@ -70,7 +72,7 @@ def train_anchor(
         warmup=max(1, settings.steps // 20),
         progress=progress,
     )
-    return _publish(model, tokenizer, out)
+    return _publish(model.cpu(), tokenizer, out)
 
 
 def _publish(model: Any, tokenizer: Any, out: Path) -> Path:

@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from pipelines.devices import DeviceName
 from pipelines.experiments.kind import ExperimentSettings, Names
 from pipelines.experiments.own_text import OwnText, gather, locate
 
@@ -86,7 +87,7 @@ def _as_tuple(value: object) -> object:
 class Experiment(ExperimentSettings):
     """An experiment as written."""
 
-    FREE: ClassVar[tuple[str, ...]] = ("runner",)
+    FREE: ClassVar[tuple[str, ...]] = ("runner", "device")
 
     kind: Literal["flexolmo"] = "flexolmo"
     """This kind."""
@@ -120,6 +121,8 @@ class Experiment(ExperimentSettings):
     """What arms with trained routers spend."""
     runner: Literal["local", "ray"] = "local"
     """``ray``: every owner's training in a process and a Ray of its own; ``local``: here, one after the other."""
+    device: DeviceName = "auto"
+    """Where everything is trained and measured, as in a job. What is measured on a GPU differs in the last digits."""
 
     @field_validator("domains", "public", "unowned")
     @classmethod

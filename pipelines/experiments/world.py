@@ -96,11 +96,17 @@ class World:
         folder: The working folder of the experiment; the seed's own is below it.
         seed: Which seed.
         tell: Told what is going on.
+
+    Raises:
+        ManifestError: The experiment's device is not there.
     """
 
     def __init__(
         self, experiment: Experiment, texts: Texts, *, folder: Path, seed: int, tell: Tell | None = None
     ) -> None:
+        from pipelines.devices import find_device
+
+        self.device = str(find_device(experiment.device))
         self.experiment = experiment
         self.texts = texts
         self.seed = seed
@@ -127,6 +133,7 @@ class World:
             self.texts.public,
             out=self.shared / "anchor",
             sequence_length=self.experiment.sequence_length,
+            device=self.device,
             progress=lambda done, total, loss: self.tell(f"anchor: step {done} of {total}, loss {loss:.3f}"),
         )
 
@@ -163,6 +170,7 @@ class World:
             embedder=self.embedder,
             sequence_length=self.experiment.sequence_length,
             windows=_PUBLIC_WINDOWS,
+            device=self.device,
         )
         info = RoutingInfo.model_validate_json((folder / "routing.json").read_text())
         registry.set_base_routing(BASE, folder, info)
@@ -185,14 +193,14 @@ class World:
         return AutoTokenizer.from_pretrained(self.anchor_folder, local_files_only=True)
 
     def anchor(self) -> nn.Module:
-        """Load the anchor, frozen, in float32."""
+        """Load the anchor, frozen, in float32, on the experiment's device."""
         import torch
         from transformers import AutoModelForCausalLM
 
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
             self.anchor_folder, dtype=torch.float32, local_files_only=True
         )
-        return model.requires_grad_(False).eval()
+        return model.requires_grad_(False).eval().to(self.device)
 
     # ---------------------------------------------------------------- windows
 
@@ -276,6 +284,7 @@ class World:
             "steps": budget.steps,
             "learning_rate": budget.learning_rate,
             "seed": self.seed,
+            "device": self.device,
             "workdir": str(self.folder / "owners" / domain / "work"),
             **changes,
         }
@@ -304,12 +313,20 @@ class World:
             scratch = self.folder / "baselines"
             scratch.mkdir(exist_ok=True)
             self._baselines = BaselineContext(
-                registry=self.registry, base=BASE, experts=experts, dtype="float32", scratch=scratch
+                registry=self.registry,
+                base=BASE,
+                experts=experts,
+                dtype="float32",
+                device=self.device,
+                scratch=scratch,
             )
         return self._baselines
 
     def compose(self, name: str, experts: Sequence[str], router: Mapping[str, Any]) -> ComposedForCausalLM:
-        """Compose experts under a router and load the model in float32; the folder is kept for the next time."""
+        """Compose experts under a router and load the model in float32 on the experiment's device.
+
+        The folder is kept for the next time.
+        """
         import composer
         from composer import Manifest, build, plan
 
@@ -325,7 +342,7 @@ class World:
                 }
             )
             build(plan(manifest, self.registry), out, registry=self.registry)
-        model: ComposedForCausalLM = composer.load(out, dtype="float32")
+        model: ComposedForCausalLM = composer.load(out, dtype="float32", device=self.device)
         return model
 
     @property

@@ -102,6 +102,39 @@ def test_an_interrupted_job_resumes(
     assert again.json[0]["scalars"]["resumed_from"] >= 1
 
 
+def test_a_dry_run_says_what_is_trained_where(
+    run: Any, filled: Path, write_job: WriteJob, tmp_path: Path
+) -> None:
+    jobs = (write_job(device="cpu"), write_job("hosp/new", domain="medicine", device="cpu", layers="0-1"))
+    outcome = run("train", *jobs, "--dry-run", "--out", "trained", registry=filled)
+    assert outcome.code == 0, outcome.err
+    heading, *lines = [line.split() for line in outcome.out.splitlines()]
+    assert heading == ["EXPERT", "KIND", "BASE", "LAYERS", "STEPS", "TOKENS", "DEVICE", "FOLDER"]
+    assert [line[0] for line in lines] == ["acme/contracts", "hosp/new"]
+    assert lines[1][3:] == ["0-1", "4", "256", "cpu,", "float32", "trained/hosp/new"]
+    plans = run("train", *jobs, "--dry-run", "--json", registry=filled).json
+    assert [(plan["device"], plan["dtype"], plan["finished"]) for plan in plans] == [
+        ("cpu", "float32", False)
+    ] * 2
+    assert not (tmp_path / "private").exists()
+
+
+def test_a_gpu_that_is_not_there_is_bad_input(
+    run: Any, filled: Path, write_job: WriteJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    outcome = run("train", write_job(device="cuda:4"), "--out", tmp_path / "t", registry=filled)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err == (
+        "Error: device: cuda:4 is not there; this machine has cuda:0. Write device: cpu, or auto, which takes what "
+        "there is.\n"
+    )
+    assert not (tmp_path / "private").exists()
+
+
 def test_every_mistake_of_every_file(run: Any, filled: Path, write_job: WriteJob, tmp_path: Path) -> None:
     first = write_job(ranc=3, steps=0)
     second = write_job("hosp/icd", domain="medicine", license="none-such")

@@ -56,6 +56,7 @@ def test_settings_survive_their_plain_form(tiny: Experiment) -> None:
         ({"domains": ["python", "icd"]}, "Unknown domain text 'icd'. Did you mean 'icd10'?"),
         ({"domains": ["python"]}, "name at least two domains"),
         ({"public": ["python"]}, "python: a domain cannot be public or nobody's as well"),
+        ({"device": "gpu"}, "device: 'gpu' found; write auto, cpu, cuda, or a GPU's number as in cuda:1"),
         ({"seeds": [1, 1]}, "seeds must be given, each once"),
         ({"experts": {"steps": 0}}, "experts.steps"),
     ],
