@@ -19,6 +19,7 @@ from pipelines.train.anchor import ResolvedBase
 from pipelines.train.corpus import Corpus
 from pipelines.train.job import DomainJob
 from pipelines.train.routing import ffn_modules
+from pipelines.train.row_starts import CENTRED, EMBEDDED, public_start
 from pipelines.train.rows import (
     centred,
     domain_embedding,
@@ -32,12 +33,6 @@ from pipelines.train.rows import (
 from pipelines.train.states import SplitDecoder
 
 __all__ = ["StartingRows", "starting_rows"]
-
-_EMBEDDED = "sentence-transformer"
-_CENTRED = "sentence-transformer-centred"
-"""At an embedding, by its difference to the public one, beside public rows of other coordinates."""
-_IMPORTED = "imported"
-"""Of a checkpoint that does not say where its rows started."""
 
 Rows = Mapping[int, Tensor]
 """Float32 ``(hidden,)`` by layer."""
@@ -80,8 +75,7 @@ def starting_rows(
         layers: Layers that are trained.
 
     Raises:
-        ManifestError: There is no public row, or one that starts at something else, or no public embedding to centre
-            by, or it is another embedder's.
+        ManifestError: There is no public row, or no public embedding to centre by, or it is another embedder's.
     """
     routing = base.routing()
     published = published_rows(routing, layers)
@@ -95,7 +89,6 @@ def starting_rows(
             "coordination needs a public row: the base has no public routing artefact with rows for layers "
             f"{layers[0]}-{layers[-1]}. Give public text, or attach such an artefact to the base."
         )
-    _check_start(job, routing, layers)
     if job.row_init == "anchor":
         ffns = ffn_modules(model, base.description, layers)
         count = len(corpus.own)
@@ -122,28 +115,9 @@ def _embedded(
         assert public_row is not None
         published = dict.fromkeys(layers, public_row)
     own = _changed(job, dict.fromkeys(layers, row), published, towards=towards)
-    start = _EMBEDDED if _start_of(routing, layers) in (None, _EMBEDDED) else _CENTRED
+    public_info = None if routing is None else routing.info
+    start = EMBEDDED if public_start(public_info, layers) in (None, EMBEDDED) else CENTRED
     return StartingRows(public=published, own=own, init=start, embedding=(made_with, embedding))
-
-
-def _start_of(routing: RoutingArtifacts | None, layers: tuple[int, ...]) -> str | None:
-    """Say where the public rows that a job takes from its base start; None where it makes its own."""
-    if routing is None or routing.info.rows is None or published_rows(routing, layers) is None:
-        return None
-    return routing.info.rows.init
-
-
-def _check_start(job: DomainJob, routing: RoutingArtifacts | None, layers: tuple[int, ...]) -> None:
-    """Refuse before the training what could not be composed after it."""
-    public = _start_of(routing, layers)
-    own = "anchor" if job.row_init == "anchor" else _EMBEDDED
-    if public in (None, own, _IMPORTED) or (own == _EMBEDDED and job.row_centre):
-        return
-    other = "without" if own == "anchor" else "with"
-    raise ManifestError(
-        f"row_init: rows that start at '{own}' cannot be compared with the base's public rows, which start at "
-        f"'{public}'. Choose the row_init that they were made with, or attach public rows made {other} --embedder."
-    )
 
 
 def _public_embedding(

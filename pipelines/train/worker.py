@@ -25,6 +25,7 @@ from pipelines.train.anchor import (
 from pipelines.train.job import DomainJob
 from pipelines.train.noisy_statistics import check_public_statistics
 from pipelines.train.progress import Progress, ProgressFn
+from pipelines.train.row_starts import check_start
 
 if TYPE_CHECKING:
     import torch
@@ -314,7 +315,8 @@ def check_job(job: DomainJob, *, base: ResolvedBase, version: int, out: Path) ->
     Raises:
         CoterieError: ``out`` exists.
         AdmissionError: The kind of expert is not made for such a base.
-        ManifestError: The base does not have the job's layers, or not the statistics that noise needs.
+        ManifestError: The base does not have the job's layers, or not the statistics that noise needs, or public rows
+            that start at something else.
         CardError: A field that the card refuses; it is tried with a made-up file.
     """
     from experts.card import ExpertCard, FileEntry
@@ -325,6 +327,7 @@ def check_job(job: DomainJob, *, base: ResolvedBase, version: int, out: Path) ->
     get_kind(job.kind).check_base(base.description)
     layers = job.layer_numbers(base.description.num_layers)
     check_public_statistics(job, base.routing_info, layer=statistics_layer(job, base))
+    check_start(job, base.routing_info, layers)
     ExpertCard.create(
         format_version=1,
         library_version="0",
