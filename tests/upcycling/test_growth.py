@@ -40,6 +40,9 @@ def registry(pico: Any) -> Any:
         registry.register(pico.pack(raw, name=f"{owner}/known", artifacts=artifacts))
         if owner == "acme":
             registry.register(pico.pack(raw, name="acme/again", artifacts=artifacts))
+            strange = EmbeddingInfo(model="x", digest="f" * 64, dim=3)
+            artifacts = RoutingArtifacts(info=info.model_copy(update={"embedding": strange}), tensors=tensors)
+            registry.register(pico.pack(raw, name="acme/strange", artifacts=artifacts))
     return registry
 
 
@@ -101,6 +104,17 @@ def test_tuned_rows_stay_with_their_experts(tuned: Any, registry: Any, pico: Any
         expected = load(pico.compose(fresh, registry=registry), opt_out={"zoe"})(ids).logits
         assert torch.equal(load(folder, opt_out={"zoe"})(ids).logits, expected)
         assert model(ids).logits.isfinite().all()
+
+
+def test_embeddings_of_different_embedders_give_no_row(tuned: Any, registry: Any) -> None:
+    """Their folders may have one name."""
+    with pytest.raises(BuildError) as caught:
+        add_experts(tuned(), ["acme/strange"], registry=registry, new_rows="embedding")
+    assert str(caught.value) == (
+        "The domain embeddings were made by different embedders (bob/known: 'x' (eeeeeeeeeeee), zoe/known: 'x' "
+        "(eeeeeeeeeeee), acme/strange: 'x' (ffffffffffff)), so no row can be projected from them; use another start of "
+        "new rows (untuned, embedding, statistics)."
+    )
 
 
 def test_a_tuned_trunk_stays(tuned: Any, registry: Any) -> None:
