@@ -254,7 +254,7 @@ def _lock(plan: Plan) -> Lock:
     lineage: dict[str, tuple[str, ...]] = {f"{BASE_FOLDER}/{entry.path}": () for entry in plan.base.files}
     if plan.base.routing is not None:
         lineage[f"{PUBLIC_FOLDER}/{plan.base.routing.file}"] = ()
-    lineage |= {f"{e.folder}/{entry.path}": (e.owner,) for e in experts for entry in e.files}
+    lineage |= {f"{e.folder}/{entry.path}": tuple(sorted(e.whose)) for e in experts for entry in e.files}
     return Lock.of_recipe(plan.manifest.recipe)(
         library_version=library_version(),
         name=plan.manifest.name,
@@ -293,6 +293,7 @@ def _locked(expert: PlannedExpert, entry: ExpertEntry) -> LockedExpert:
         files=card.files,
         positive_prompts=entry.positive_prompts,
         negative_prompts=entry.negative_prompts,
+        parent_owners=expert.parent_owners,
     )
 
 

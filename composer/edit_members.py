@@ -51,7 +51,7 @@ def _matching(lock: Lock, item: str) -> set[str]:
     if "/" not in item:
         if item not in lock.involved:
             raise unknown_name("owner", item, lock.involved)
-        return {expert.name for expert in lock.experts if expert.owner == item}
+        return {expert.name for expert in lock.experts if item in expert.whose}
     name, label = parse_reference(item)
     there = {expert.name: expert for expert in lock.experts}
     if name not in there:
@@ -96,43 +96,48 @@ def joining(
     if registry is None:
         raise BuildError("Adding an expert needs the registry that holds it.")
     found: dict[str, tuple[str, ExpertRecord]] = {}
+    whose: dict[str, Sequence[str]] = {}
     problems = []
     for reference in references:
         try:
             record = registry.expert(reference)
+            parents = registry.parent_owners(registry.card(record))
         except CoterieError as error:
             problems.append(str(error))
             continue
-        problems += _joining_problems(record, lock, manifest, found)
+        whose[record.ref] = (record.owner, *parents)
+        problems += _joining_problems(record, whose[record.ref], lock, manifest, found)
         found[record.name] = (reference, record)
     if problems:
         raise PlanError(f"{folder} cannot be changed:", problems=problems)
-    staying = {expert.owner for expert in lock.experts if expert.name not in without}
-    _check_consent(folder, staying, [record for _, record in found.values()], registry)
+    staying = {owner for expert in lock.experts if expert.name not in without for owner in expert.whose}
+    _check_consent(folder, staying, whose, registry)
     return found
 
 
 def _joining_problems(
-    record: ExpertRecord, lock: Lock, manifest: Manifest, found: Collection[str]
+    record: ExpertRecord, whose: Sequence[str], lock: Lock, manifest: Manifest, found: Collection[str]
 ) -> list[str]:
     if record.name in found:
         return [f"{record.name} is listed more than once"]
     if any(expert.digest == record.digest for expert in lock.experts):
         return [f"{record.ref} is there already"]
-    if record.owner in manifest.opt_out:
-        return [
-            f"{record.ref}: the folder's manifest leaves {record.owner} out (opt_out); build a new folder from a "
-            "manifest that does not"
-        ]
-    return []
+    return [
+        f"{record.ref}: the folder's manifest leaves {owner} out (opt_out); build a new folder from a "
+        "manifest that does not"
+        for owner in whose
+        if owner in manifest.opt_out
+    ]
 
 
 def _check_consent(
-    folder: Path, staying: Collection[str], records: Sequence[ExpertRecord], registry: Source
+    folder: Path, staying: Collection[str], joining: Mapping[str, Sequence[str]], registry: Source
 ) -> None:
     """Refuse new experts of owners who are out, and old ones too: no fresh build would take them."""
     out = {entry.owner: entry for entry in registry.opt_outs()}
-    new = [f"{record.ref}: {_when(out[record.owner])}" for record in records if record.owner in out]
+    new = [
+        f"{ref}: {_when(out[owner])}" for ref, owners in joining.items() for owner in owners if owner in out
+    ]
     if new:
         raise ConsentError(
             f"{folder} cannot be changed, since owners of the new experts have opted out:", problems=new

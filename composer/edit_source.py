@@ -66,7 +66,11 @@ class EditSource:
         """Return where an expert's files are."""
         return self._of(record).files(record)
 
-    def _of(self, record: ExpertRecord) -> Source:
+    def parent_owners(self, card: ExpertCard, /) -> tuple[str, ...]:
+        """Return the other owners of the experts that a card's was made from."""
+        return self._of(card).parent_owners(card)
+
+    def _of(self, record: ExpertRecord | ExpertCard) -> Source:
         if record.name in self._joining:
             assert self._registry is not None
             return self._registry

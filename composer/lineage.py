@@ -12,10 +12,13 @@ __all__ = ["optout_class", "reachable_without"]
 def optout_class(lineage: Mapping[str, Collection[str]]) -> OptOutClass:
     """Return ``exact`` if no file mixes owners, else ``recompose``.
 
+    An expert that was made from another owner's mixes both, but leaves as a whole with either: it is nobody else's.
+
     Args:
         lineage: Path -> owners it was computed from.
     """
-    return "exact" if all(len(set(owners)) <= 1 for owners in lineage.values()) else "recompose"
+    shared = [owners for path, owners in lineage.items() if not path.startswith("experts/")]
+    return "exact" if all(len(set(owners)) <= 1 for owners in shared) else "recompose"
 
 
 def reachable_without(lineage: Mapping[str, Collection[str]], owners: Collection[str]) -> frozenset[str]:

@@ -180,6 +180,7 @@ def _join(model: ComposedForCausalLM, members: Members, lock: Lock) -> None:
     model.membership = Membership(
         experts=tuple(member.locked.name for member in members.experts),
         owners=tuple(member.locked.owner for member in members.experts),
+        parent_owners=tuple(member.locked.parent_owners for member in members.experts),
         known_owners=frozenset(lock.involved),
         digest=members.lock.membership_digest,
         folder=str(members.folder),
@@ -195,11 +196,11 @@ def _join(model: ComposedForCausalLM, members: Members, lock: Lock) -> None:
             members.folder,
             involved=members.lock.involved,
             free=free,
-            free_ids=[member.id for member in members.experts if member.locked.owner in free],
-            without=set(lock.owners) - set(members.lock.owners),
+            free_ids=[member.id for member in members.experts if member.locked.whose <= free],
+            without=set(lock.composed_owners) - set(members.lock.composed_owners),
         )
 
 
 def _joined_afterwards(lock: Lock) -> set[str]:
     """Return the owners who can be left out of a tuned composition and leave the tuned weights as they are."""
-    return {owner for owner in lock.owners if lock.without({owner}).tuned is not None}
+    return {owner for owner in lock.composed_owners if lock.without({owner}).tuned is not None}

@@ -78,11 +78,19 @@ class LockedExpert(_Strict):
     positive_prompts: tuple[str, ...] = ()
     """What the manifest said of its domain, where the scorer asks for it."""
     negative_prompts: tuple[str, ...] = ()
+    parent_owners: tuple[str, ...] = ()
+    """Other owners of the experts that this one was made from, directly or not, sorted."""
 
     @model_serializer(mode="wrap")
-    def _without_absent_prompts(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_absent_parts(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         data: dict[str, Any] = handler(self)
-        return {key: value for key, value in data.items() if value or not key.endswith("_prompts")}
+        optional = ("positive_prompts", "negative_prompts", "parent_owners")
+        return {key: value for key, value in data.items() if value or key not in optional}
+
+    @property
+    def whose(self) -> frozenset[str]:
+        """Everybody whose leaving takes this expert along: its owner and those from whose experts it was made."""
+        return frozenset((self.owner, *self.parent_owners))
 
     @property
     def folder(self) -> str:
@@ -170,7 +178,12 @@ class Lock(_Strict):
     @property
     def involved(self) -> tuple[str, ...]:
         """Everybody whose experts or text are in here, sorted."""
-        return tuple(sorted({*self.owners, *(self.tuned.owners if self.tuned else ())}))
+        return tuple(sorted({*self.composed_owners, *(self.tuned.owners if self.tuned else ())}))
+
+    @property
+    def composed_owners(self) -> tuple[str, ...]:
+        """Every owner of an expert, and of an expert that one of these was made from, sorted."""
+        return tuple(sorted({owner for expert in self.experts for owner in expert.whose}))
 
     @property
     def untuned(self) -> Self:
@@ -197,14 +210,14 @@ class Lock(_Strict):
         What was tuned holds everybody who was there, so it stays only where those who leave joined afterwards.
         """
         kept = self if self.tuned is None else self._tuned_without(owners)
-        experts = tuple(expert for expert in kept.experts if expert.owner not in owners)
+        experts = tuple(expert for expert in kept.experts if expert.whose.isdisjoint(owners))
         lineage = {path: who for path, who in kept.lineage.items() if not set(who) & set(owners)}
         return kept.model_copy(update={"experts": experts, "lineage": lineage})
 
     def leaving_owners(self, experts: Collection[str]) -> frozenset[str]:
-        """Return the owners who have no expert here any more once these are gone."""
-        staying = {expert.owner for expert in self.experts if expert.name not in experts}
-        return frozenset(self.owners) - staying
+        """Return the owners of whom no expert holds anything any more once these are gone."""
+        staying = {owner for expert in self.experts if expert.name not in experts for owner in expert.whose}
+        return frozenset(self.composed_owners) - staying
 
     def trimmed_tuning(self, experts: Collection[str], *, owners: Collection[str]) -> LockedTuning | None:
         """Return what stays tuned once these are gone; None: nothing, since it holds something of theirs."""
@@ -213,7 +226,7 @@ class Lock(_Strict):
         return self.tuned.trimmed(experts)
 
     def _tuned_without(self, owners: Collection[str]) -> Self:
-        leaving = {expert.name for expert in self.experts if expert.owner in owners}
+        leaving = {expert.name for expert in self.experts if not expert.whose.isdisjoint(owners)}
         trimmed = self.trimmed_tuning(leaving, owners=owners)
         return self.untuned if trimmed is None else self.model_copy(update={"tuned": trimmed})
 

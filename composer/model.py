@@ -39,6 +39,7 @@ class Membership:
     Attributes:
         experts: Names in canonical order; the ids are 1, 2, ...
         owners: Owner of each expert.
+        parent_owners: Other owners from whose experts each one was made; empty: of none.
         known_owners: Every owner of the composition, those left out included.
         digest: Identifies the base, the router and the loaded experts; caches carry it.
         folder: The composed folder the model was loaded from, or None.
@@ -48,11 +49,18 @@ class Membership:
 
     experts: tuple[str, ...] = ()
     owners: tuple[str, ...] = ()
+    parent_owners: tuple[tuple[str, ...], ...] = ()
     known_owners: frozenset[str] = frozenset()
     digest: str = ""
     folder: str | None = None
     needs_all: str | None = None
     needs_one: bool = False
+
+    @property
+    def whose(self) -> tuple[frozenset[str], ...]:
+        """For each expert, everybody whose leaving takes it along."""
+        parents = self.parent_owners or ((),) * len(self.owners)
+        return tuple(frozenset((owner, *more)) for owner, more in zip(self.owners, parents, strict=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -328,7 +336,7 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             raise OptOutError("Give either opt_out or allowed, not both.")
         if allowed is None:
             sets = () if opt_out is None else opt_out
-            mask = allowed_experts(sets, batch=batch, owners=members.owners, known=members.known_owners)
+            mask = allowed_experts(sets, batch=batch, owners=members.whose, known=members.known_owners)
             return self._possible(mask)
         if allowed.shape != (batch, len(members.experts) + 1):
             raise OptOutError(

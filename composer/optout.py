@@ -62,14 +62,15 @@ def owners_per_row(opt_out: OptOut, *, batch: int, known: Collection[str]) -> li
 
 
 def allowed_experts(
-    opt_out: OptOut, *, batch: int, owners: Sequence[str], known: Collection[str]
+    opt_out: OptOut, *, batch: int, owners: Sequence[str | Collection[str]], known: Collection[str]
 ) -> torch.Tensor:
     """Build the mask of allowed experts.
 
     Args:
         opt_out: See `owners_per_row`.
         batch: Number of rows.
-        owners: Owner of each loaded expert, in canonical order (ids 1, 2, ...).
+        owners: Owner of each loaded expert, in canonical order (ids 1, 2, ...); several where it was made from experts
+            of others: any of them takes it along.
         known: Owners of the composition, those left out at load included.
 
     Returns:
@@ -78,5 +79,6 @@ def allowed_experts(
     import torch
 
     rows = owners_per_row(opt_out, batch=batch, known=known)
-    flags = {row: [True, *(owner not in row for owner in owners)] for row in set(rows)}
+    whose = [{entry} if isinstance(entry, str) else entry for entry in owners]
+    flags = {row: [True, *(row.isdisjoint(each) for each in whose)] for row in set(rows)}
     return torch.tensor([flags[row] for row in rows])

@@ -17,9 +17,9 @@ from composer.recipes import RECIPES
 from composer.recipes.base import Candidate, Recipe
 from experts.base import BaseDescription
 from experts.card import ExpertCard
-from experts.errors import ConsentError, CoterieError, PlanError
+from experts.errors import ConsentError, CoterieError, PlanError, RegistryError
 from experts.kinds import get_kind
-from experts.names import unknown_name
+from experts.names import parse_reference, unknown_name
 
 if TYPE_CHECKING:
     from composer.source import Source
@@ -35,10 +35,17 @@ class PlannedExpert:
     Attributes:
         record: Its line in the registry.
         card: Its card.
+        parent_owners: Other owners of the experts that it was made from, directly or not.
     """
 
     record: ExpertRecord
     card: ExpertCard
+    parent_owners: tuple[str, ...] = ()
+
+    @property
+    def whose(self) -> tuple[str, ...]:
+        """Everybody whose leaving takes it along, its own owner first."""
+        return (self.card.owner, *self.parent_owners)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row that tables show."""
@@ -54,6 +61,7 @@ class PlannedExpert:
             "parameters": self.record.parameters,
             "bytes": self.record.bytes,
             "digest": self.record.digest,
+            **({"parent_owners": list(self.parent_owners)} if self.parent_owners else {}),
         }
 
 
@@ -89,6 +97,11 @@ class Plan:
     def owners(self) -> tuple[str, ...]:
         """Owners of the experts, sorted."""
         return tuple(sorted({expert.card.owner for expert in self.experts}))
+
+    @property
+    def involved(self) -> tuple[str, ...]:
+        """Owners of the experts, and of those they were made from, sorted."""
+        return tuple(sorted({owner for expert in self.experts for owner in expert.whose}))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for printing and ``--json``."""
@@ -131,6 +144,7 @@ def plan(manifest: Manifest, registry: Source, *, changed: bool = False) -> Plan
     too_many = _top_k_problems(manifest)  # of what was written: a preset is for any number of experts
     manifest = recipe.expand(expand_preset(manifest, base.description))
     wanted, left_out = _resolve(manifest, registry)
+    manifest = _without_descendants(manifest, left_out)
     _check_consent(wanted, registry)
     experts = tuple(sorted(wanted, key=lambda expert: expert.card.name))
     if not experts:
@@ -179,8 +193,18 @@ def _resolve(manifest: Manifest, registry: Source) -> tuple[list[PlannedExpert],
         owners.add(record.owner)
         if record.owner in manifest.opt_out:
             left_out.append(record.name)
+            continue
+        try:
+            card = registry.card(record)
+            parents = registry.parent_owners(card)
+        except RegistryError as error:
+            problems.append(f"experts[{position}]: {error}")
+            continue
+        owners.update(parents)
+        if set(parents).isdisjoint(manifest.opt_out):
+            experts.append(PlannedExpert(record=record, card=card, parent_owners=parents))
         else:
-            experts.append(PlannedExpert(record=record, card=registry.card(record)))
+            left_out.append(record.name)
     for owner in manifest.opt_out:
         if owner not in owners and not problems:
             problems.append(f"opt_out: {unknown_name('owner', owner, owners)}")
@@ -189,16 +213,28 @@ def _resolve(manifest: Manifest, registry: Source) -> tuple[list[PlannedExpert],
     return experts, tuple(sorted(left_out))
 
 
+def _without_descendants(manifest: Manifest, left_out: Sequence[str]) -> Manifest:
+    """Drop experts that leave with owners of others, as if they had never been listed."""
+    gone = {name for name in left_out if name.partition("/")[0] not in manifest.opt_out}
+    if not gone:
+        return manifest
+    experts = tuple(entry for entry in manifest.experts if parse_reference(entry.ref)[0] not in gone)
+    upcycle = manifest.upcycle and manifest.upcycle.without(gone)
+    return manifest.model_copy(update={"experts": experts, "upcycle": upcycle})
+
+
 def _check_consent(experts: Sequence[PlannedExpert], registry: Source) -> None:
     opted_out = {entry.owner: entry for entry in registry.opt_outs()}
     problems = []
     for expert in experts:
-        entry = opted_out.get(expert.card.owner)
-        if entry is not None:
-            problems.append(
-                f"{expert.card.name}: {entry.owner} opted out on {entry.when} (recorded by {entry.who}): "
-                f"{entry.reason}"
-            )
+        for owner in expert.whose:
+            entry = opted_out.get(owner)
+            if entry is not None:
+                made = "" if owner == expert.card.owner else f"made from an expert of {owner}; "
+                problems.append(
+                    f"{expert.card.name}: {made}{entry.owner} opted out on {entry.when} (recorded by {entry.who}): "
+                    f"{entry.reason}"
+                )
     if problems:
         raise ConsentError(
             "The manifest names experts of owners who have opted out. Remove them, or list the owners under "

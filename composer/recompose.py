@@ -35,8 +35,10 @@ def recompose(
         ``out``. Where nobody is left, the base stands in it alone, with an empty composition.
     """
     source = FolderSource(folder)
-    kept = [e for e in source.lock.experts if e.owner not in without and (only is None or e.name in only)]
-    if all(e.owner in opt_out for e in kept):
+    kept = [
+        e for e in source.lock.experts if e.whose.isdisjoint(without) and (only is None or e.name in only)
+    ]
+    if not any(e.whose.isdisjoint(opt_out) for e in kept):
         return _base_alone(source, out)
     gone = {e.name for e in source.lock.experts} - {e.name for e in kept}
     manifest = Manifest.of_recipe(source.lock.recipe)(
@@ -76,6 +78,6 @@ def _base_alone(source: FolderSource, out: Path) -> Path:
                     shutil.copyfile(path, staging / name)
                 else:
                     link_file(path, staging / name)
-        lock = source.lock.without(source.lock.owners)
+        lock = source.lock.without(source.lock.composed_owners)
         (staging / LOCK_NAME).write_bytes(lock.to_bytes())
     return out

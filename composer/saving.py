@@ -35,7 +35,7 @@ def save(model: ComposedForCausalLM, out: Path | str) -> Path:
     folder = Path(source)
     _check_unchanged(model, folder)
     lock = Lock.read(folder)
-    absent = set(lock.owners) - set(model.owners)
+    absent = set(lock.composed_owners) - _present(model, lock)
     kept = (lock.untuned if model.untuned is None else lock).without(absent)
     with new_folder(Path(out)) as staging:
         for path in sorted(folder.rglob("*")):
@@ -50,6 +50,12 @@ def save(model: ComposedForCausalLM, out: Path | str) -> Path:
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         write_model_card(staging / "README.md", kept)
     return Path(out)
+
+
+def _present(model: ComposedForCausalLM, lock: Lock) -> set[str]:
+    """Return everybody of whom an expert of the model holds something."""
+    names = {name.partition("#")[0] for name in model.membership.experts}  # copies have numbers
+    return {owner for expert in lock.experts if expert.name in names for owner in expert.whose}
 
 
 def _belongs(name: str, lock: Lock) -> bool:
@@ -71,7 +77,8 @@ def _check_unchanged(model: ComposedForCausalLM, folder: Path) -> None:
     from composer.loading import load
 
     # an owner of text alone is among the known ones; while tuned weights count, nobody is absent
-    absent = set() if model.untuned is not None else model.membership.known_owners - set(model.owners)
+    present = _present(model, Lock.read(folder))
+    absent = set() if model.untuned is not None else model.membership.known_owners - present
     fresh: Any = load(folder, opt_out=absent, dtype=model.dtype)
     theirs = dict(fresh.named_parameters())
     for name, parameter in model.named_parameters():

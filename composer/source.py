@@ -36,6 +36,9 @@ class Source(Protocol):
     def files(self, record: ExpertRecord, /) -> Mapping[str, Path]:
         """Return where an expert's files are, by their path in the package."""
 
+    def parent_owners(self, card: ExpertCard, /) -> tuple[str, ...]:
+        """Return the other owners of the experts that a card's was made from, directly or not, sorted."""
+
     def opt_outs(self) -> Sequence[OptOut]:
         """Return the owners who are out now."""
 
@@ -112,6 +115,11 @@ class FolderSource:
         """Return where an expert's files are."""
         folder = self.folder / "experts" / record.digest
         return {entry.path: folder / entry.path for entry in self.card(record).files}
+
+    def parent_owners(self, card: ExpertCard, /) -> tuple[str, ...]:
+        """Return what the lock says of the expert."""
+        found = (expert.parent_owners for expert in self.lock.experts if expert.digest == card.digest)
+        return next(found, ())
 
     def opt_outs(self) -> Sequence[OptOut]:
         """Return nothing: a folder keeps no consent ledger."""

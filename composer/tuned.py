@@ -344,7 +344,7 @@ def _write_lock(staging: Path, before: Lock, tuned: LockedTuning) -> None:
     lineage = {f"{TUNED_FOLDER}/{entry.path}": tuned.owners for entry in tuned.files}
     for rows in tuned.grown:
         names = {rows.expert, *rows.beside}
-        whose = {expert.owner for expert in before.experts if expert.name in names}
+        whose = {owner for expert in before.experts if expert.name in names for owner in expert.whose}
         if rows.beside:  # whose rows are tuned ones
             whose |= set(tuned.owners)
         lineage[f"{TUNED_FOLDER}/{rows.file.path}"] = tuple(sorted(whose))

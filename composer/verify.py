@@ -100,7 +100,7 @@ def verify_optout(
     rows: list[Verification] = []
     whole = _load(folder)
     for one in [owner] if owner is not None else lock.involved:
-        own = doors if one in lock.owners else doors[1:]
+        own = doors if one in lock.composed_owners else doors[1:]
         with never_joined(folder, {one}) as without:
             rows += _verify_owner(folder, without, one, whole, probe, own, progress or (lambda _: None))
     return rows

@@ -96,11 +96,11 @@ def known_owners(connection: sa.Connection) -> set[str]:
     return set(connection.scalars(sa.select(index.experts.c.owner).distinct()))
 
 
-def require_consent(connection: sa.Connection, owner: str) -> None:
-    """Raise `ConsentError`, saying who, when and why, if the owner is out now."""
+def require_consent(connection: sa.Connection, owner: str, *, of: str = "") -> None:
+    """Raise `ConsentError`, saying who, when and why, if the owner is out now; ``of`` says what it is about."""
     if (record := _find(connection, owner)) is not None:
         raise ConsentError(
-            f"'{owner}' has opted out: since {record.when}, by {record.who}, because: {record.reason}. The "
+            f"{of}'{owner}' has opted out: since {record.when}, by {record.who}, because: {record.reason}. The "
             "registry takes no expert of this owner until the opt-out is taken back (coterie opt-out "
             f"remove {owner})."
         )

@@ -16,6 +16,7 @@ from experts.errors import AdmissionError, RegistryError
 from experts.files import open_regular
 from experts.package import read_package
 from registry import index
+from registry.ancestry import ancestry
 from registry.bases import all_bases
 from registry.blobs import Staging
 from registry.consent import require_consent
@@ -31,7 +32,7 @@ def register(storage: Storage, folder: Path) -> ExpertRecord:
     card = read_package(folder)
     base = _find_base(storage, card)
     with storage.read() as connection:
-        _check_against_index(connection, card)
+        _check_against_index(storage, connection, card)
     check_files(folder, card)
     doing = f"registering '{card.name}' version {card.version}"
     with storage.staging(doing=doing) as staging:
@@ -47,20 +48,30 @@ def register(storage: Storage, folder: Path) -> ExpertRecord:
         "parameters": summary.parameters,
     }
     with storage.write(doing=doing) as connection:
-        if not _check_against_index(connection, card):
+        if not _check_against_index(storage, connection, card):
             subject = f"{card.name}@{card.version}"
             storage.record(connection, "expert.register", subject=subject, detail=detail)
     return find_expert(storage, f"{card.name}@{card.version}")
 
 
-def _check_against_index(connection: sa.Connection, card: ExpertCard) -> bool:
+def _check_against_index(storage: Storage, connection: sa.Connection, card: ExpertCard) -> bool:
     """Return whether this very card is registered already.
 
     Raises:
-        ConsentError: The owner has opted out.
+        AdmissionError: It was made from an expert that is not registered.
+        ConsentError: Its owner, or one of those from whose experts it was made, has opted out.
         RegistryError: The version is taken by another card, or is below the newest.
     """
     require_consent(connection, card.owner)
+    parents, unknown = ancestry(connection, storage.blobs, card)
+    if unknown:
+        raise AdmissionError(
+            f"'{card.name}' was made from experts that the registry '{storage.root}' does not have, so nobody can say "
+            "whose opt-out is one of it too. Register them first (card digests):",
+            problems=unknown,
+        )
+    for owner in parents:
+        require_consent(connection, owner, of=f"'{card.name}' was made from an expert of '{owner}'. ")
     columns = index.experts.c
     query = sa.select(columns.version, columns.digest, columns.created).where(columns.name == card.name)
     rows = {row.version: row for row in connection.execute(query)}

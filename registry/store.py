@@ -141,9 +141,9 @@ class Registry:
 
         Raises:
             CardError: The card is not well formed.
-            AdmissionError: The folder is not what the card says, holds something its kind does not allow, or
-                belongs to a base that the registry does not have.
-            ConsentError: The owner has opted out.
+            AdmissionError: The folder is not what the card says, holds something its kind does not allow,
+                belongs to a base or was made from an expert that the registry does not have.
+            ConsentError: The owner, or one of those from whose experts it was made, has opted out.
             RegistryError: The version exists with another content, or a newer one exists.
         """
         from registry.enrol import register
@@ -210,6 +210,26 @@ class Registry:
         """
         source = self.card(item) if isinstance(item, ExpertRecord) else item
         return {entry.path: self.blob_path(entry.sha256) for entry in source.files}
+
+    def parent_owners(self, card: ExpertCard) -> tuple[str, ...]:
+        """Return the other owners of the experts that a card's was made from, directly or not, sorted.
+
+        Raises:
+            RegistryError: One of those experts is not registered, so its owner is not known.
+            IntegrityError: The card of one of them is missing or damaged.
+        """
+        if not card.derived_from:
+            return ()
+        from registry.ancestry import ancestry
+
+        with self._storage.read() as connection:
+            owners, unknown = ancestry(connection, self._storage.blobs, card)
+        if unknown:
+            raise RegistryError(
+                f"{card.name} was made from experts that the registry '{self.path}' does not have, so nobody can say "
+                f"whose opt-out is one of it too. Register them first (card digests): {', '.join(unknown)}."
+            )
+        return owners
 
     # Blobs
 

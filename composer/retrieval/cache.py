@@ -88,6 +88,6 @@ class QueryCache:
 
 def _allowed_digest(model: Retriever, left_out: frozenset[str]) -> str:
     """Name the experts that may answer: opting an owner out who is not there changes nothing."""
-    pairs = zip(model.membership.experts, model.membership.owners, strict=True)
-    allowed = [expert for expert, owner in pairs if owner not in left_out]
+    pairs = zip(model.membership.experts, model.membership.whose, strict=True)
+    allowed = [expert for expert, owners in pairs if left_out.isdisjoint(owners)]
     return hashlib.sha256("\n".join(allowed).encode()).hexdigest()

@@ -183,7 +183,8 @@ def _base_encoder(
     membership = Membership(
         experts=tuple(member.locked.name for member in members.experts),
         owners=tuple(member.locked.owner for member in members.experts),
-        known_owners=frozenset(lock.owners),
+        parent_owners=tuple(member.locked.parent_owners for member in members.experts),
+        known_owners=frozenset(lock.composed_owners),
         digest=members.lock.membership_digest,
         folder=str(folder),
     )

@@ -177,7 +177,7 @@ class RetrieverEncoder(PreTrainedModel):  # type: ignore[misc]
 
     def _flags(self, opt_out: OptOut) -> torch.Tensor:
         members = self.membership
-        return allowed_experts(opt_out, batch=1, owners=members.owners, known=members.known_owners)
+        return allowed_experts(opt_out, batch=1, owners=members.whose, known=members.known_owners)
 
     def _allowed(self, opt_out: OptOut | None, allowed: torch.Tensor | None, *, rows: int) -> torch.Tensor:
         members = self.membership

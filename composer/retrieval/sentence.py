@@ -56,7 +56,7 @@ class RoutedTransformer(Transformer):  # type: ignore[misc]
             members = self.model.membership
             sets: list[frozenset[str]] = [getattr(text, "opt_out", frozenset()) for text in inputs]
             features["allowed"] = allowed_experts(
-                sets, batch=len(sets), owners=members.owners, known=members.known_owners
+                sets, batch=len(sets), owners=members.whose, known=members.known_owners
             )
         return features
 

@@ -69,6 +69,7 @@ def assemble(model: ComposedForCausalLM, members: Members) -> None:
         model.membership,
         experts=tuple(name for expert, name in seats.names.items() if expert != ANCHOR),
         owners=tuple(s.member.locked.owner for s in seats.sources.values() if s is not None),
+        parent_owners=tuple(s.member.locked.parent_owners for s in seats.sources.values() if s is not None),
         needs_all=_reason(spec),
         needs_one=not seats.with_anchor,
     )

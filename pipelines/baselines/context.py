@@ -90,10 +90,10 @@ class BaselineContext:
         from composer.source import FolderSource
 
         source = FolderSource(Path(folder))
-        left_out = check_owners(opt_out, source.lock.owners)
+        left_out = check_owners(opt_out, source.lock.composed_owners)
         if registry is not None:
             left_out |= {entry.owner for entry in registry.opt_outs()}
-        locked = [expert for expert in source.lock.experts if expert.owner not in left_out]
+        locked = [expert for expert in source.lock.experts if expert.whose.isdisjoint(left_out)]
         domains = [expert.domain for expert in locked]
         experts = {
             expert.domain if domains.count(expert.domain) == 1 else expert.name: (
@@ -157,9 +157,10 @@ class BaselineContext:
     def _check_consent(self, records: Mapping[str, ExpertRecord]) -> None:
         out = {entry.owner: entry for entry in self.registry.opt_outs()}
         problems = [
-            f"{domain}: {record.name}: {record.owner} opted out on {out[record.owner].when}"
+            f"{domain}: {record.name}: {owner} opted out on {out[owner].when}"
             for domain, record in records.items()
-            if record.owner in out
+            for owner in (record.owner, *self.registry.parent_owners(self.registry.card(record)))
+            if owner in out
         ]
         if problems:
             raise ConsentError(

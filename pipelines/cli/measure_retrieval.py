@@ -56,7 +56,7 @@ def evaluate_retriever(
     from composer.optout import check_owners
     from pipelines.retrieval.collection import read_collection
 
-    check_owners(set(opt_out), lock.owners)
+    check_owners(set(opt_out), lock.composed_owners)
     tests = [read_collection(folder, name=name) for name, folder in folders.items()]
 
     from pipelines.retrieval.encoders import open_encoder

@@ -207,7 +207,8 @@ def _composed(folder: Path, *, opt_out: Collection[str], registry: Registry | No
     if not hasattr(model, "encode_query"):
         raise DataError(f"{folder} holds a language model. Retrieval needs one of recipe router_retriever.")
     lock = Lock.read(folder)
-    present = lock.without(set(lock.owners) - set(model.owners))
+    there = {owner for owners in model.membership.whose for owner in owners}
+    present = lock.without(set(lock.composed_owners) - there)
     base = BaseDescription.from_folder(folder / BASE_FOLDER)
     return _encoder(
         model,

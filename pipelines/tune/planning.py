@@ -93,7 +93,7 @@ def plan_tuning(source: Path | str, job: TuneJob, *, registry: Registry) -> Tuni
     _check_trainable(job, *_router(lock, plan))
     for text in job.data:
         read_documents(text.text)
-    involved = lock.involved if lock else plan.owners if plan else ()
+    involved = lock.involved if lock else plan.involved if plan else ()
     return TuningPlan(
         name=lock.name if lock else plan.manifest.name if plan else "",
         train=job.train,
