@@ -105,9 +105,10 @@ def load_language_model(
     return model
 
 
-def load_untuned(folder: Path, *, dtype: Any, without: Collection[str] = ()) -> ComposedForCausalLM:
-    """Load a tuned folder as it was composed, without some owners; on the CPU."""
-    lock = Lock.read(folder).untuned
+def load_untuned(
+    folder: Path, lock: Lock, *, dtype: Any, without: Collection[str] = ()
+) -> ComposedForCausalLM:
+    """Load a tuned folder as it was composed, without some owners; on the CPU. The lock is that of the composition."""
     members = Members.open(folder, lock, without=without)
     model = _base_model(folder, lock, dtype, None, None)
     _join(model, members, lock)
@@ -194,6 +195,7 @@ def _join(model: ComposedForCausalLM, members: Members, lock: Lock) -> None:
         free = _joined_afterwards(members.lock)
         model.untuned = Untuned(
             members.folder,
+            lock=lock,
             involved=members.lock.involved,
             free=free,
             free_ids=[member.id for member in members.experts if member.locked.whose <= free],

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from composer.routing.recent import Recent
 from composer.routing.router import Router
 from composer.routing.state import RouterState, RouterStateLayer
 from composer.routing.types import ANCHOR, AllowedGroup, Groups, group_rows
+from composer.running import Asked, RunningRequest, current_request, running_request
 from composer.tuned import Untuned
 from experts.errors import OptOutError
 
@@ -205,7 +206,8 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             labels: int64 ``(batch, positions)``, -100 where no loss is wanted.
             use_cache: Whether to return a cache.
             logits_to_keep: As the base model takes it.
-            opt_out: Owners to leave out: a set for the whole batch or one set per row.
+            opt_out: Owners to leave out: a set for the whole batch or one set per row. Inside of ``generate``, as in a
+                logits processor, a call that gives neither this nor ``allowed`` leaves out whom that request does.
             allowed: bool ``(batch, num_experts + 1)``, the same as a mask of expert ids (what ``generate`` passes).
             token_mask: ``(batch, past + positions)``, 0 on padding, where ``attention_mask`` has another form.
             prompt_length: How many leading positions, padding counted, are the prompt (what ``generate`` passes);
@@ -222,6 +224,8 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         """
         tokens = input_ids if input_ids is not None else inputs_embeds
         assert tokens is not None, "forward needs input_ids or inputs_embeds"
+        if opt_out is None and allowed is None:
+            opt_out, allowed = self._asked_around(batch=tokens.shape[0])
         before = self._before_tuning(opt_out, allowed, batch=tokens.shape[0])
         if before is not None:
             untuned, allowed = before
@@ -281,6 +285,9 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
     ) -> Any:
         """Generate text as any `transformers` model does, leaving owners out per row.
 
+        They are left out of everything that runs inside: guidance by a second prompt, and an ``assistant_model`` that
+        is a composed model too, which leaves out those of the owners whom it has.
+
         Args:
             inputs: int64 ``(batch, positions)``; also accepted as ``input_ids`` or ``inputs_embeds``.
             args: Passed to `transformers.GenerationMixin.generate`.
@@ -288,36 +295,71 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             kwargs: Passed to `transformers.GenerationMixin.generate`.
 
         Raises:
-            OptOutError: ``past_key_values`` was filled under other allowed sets.
+            OptOutError: ``past_key_values`` was filled under other allowed sets, ``opt_out`` does not fit the batch, or
+                continuous batching is asked for.
             UnknownNameError: ``opt_out`` names an owner who is not in this composition.
         """
         given = inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
-        batch = 1 if given is None else given.shape[0]
-        before = self._before_tuning(opt_out, kwargs.get("allowed"), batch=batch)
-        if before is not None:
-            untuned, kwargs["allowed"] = before
-            return untuned.generate(inputs, *args, **kwargs)
+        batch, members = 1 if given is None else given.shape[0], self.membership
+        allowed = kwargs.pop("allowed", None)
+        # an assistant is handed the mask of the model that it assists, by the ids of that model
+        assists = getattr(kwargs.get("generation_config"), "is_assistant", False)
+        if (opt_out is None and allowed is None) or (assists and current_request() is not None):
+            opt_out, allowed = self._asked_around(batch=batch)
+        before = self._before_tuning(opt_out, allowed, batch=batch)
         # a tensor, so that beams and return sequences expand it together with the rows
-        kwargs["allowed"] = self._allowed(opt_out, kwargs.get("allowed"), batch=batch)
+        model, mask = before or (self, self._allowed(opt_out, allowed, batch=batch))
         kwargs.setdefault(
             "disable_compile", True
         )  # who is allowed, and the router's state, are no tensors of a graph
         if given is not None:
             kwargs.setdefault("prompt_length", given.shape[1])
-        return super().generate(inputs, *args, **kwargs)
+        request = RunningRequest.of(
+            (opt_out, allowed),
+            batch=batch,
+            experts=members.experts,
+            owners=members.owners,
+            known=members.known_owners,
+        )
+        with running_request(request):
+            return super(ComposedForCausalLM, model).generate(inputs, *args, allowed=mask, **kwargs)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: continuous batching packs the rows of all requests into one.
+
+        Raises:
+            OptOutError: Always; the message says what to call instead.
+        """
+        raise OptOutError(
+            "A composed model does not support continuous batching (generate_batch, cache_implementation='paged'): it "
+            "packs requests into one row, where nothing tells whom each of them leaves out. Call generate with one set "
+            "of owners per row."
+        )
+
+    init_continuous_batching = generate_batch
+    continuous_batching_context_manager = generate_batch
 
     # generate() reads the signature to learn that embeddings can be given instead of ids
     @wraps(GenerationMixin.prepare_inputs_for_generation, assigned=())
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Keep the plain padding mask beside whatever form the base model's attention wants."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
-        mask = kwargs.get("attention_mask")
+        mask, request, allowed = kwargs.get("attention_mask"), current_request(), kwargs.get("allowed")
+        if request is not None and allowed is not None:
+            request.copies = max(1, len(allowed) // len(request.left_out))
         if isinstance(mask, torch.Tensor) and mask.dim() == 2:
             inputs["token_mask"] = mask
         elif mask is None and inputs.get("attention_mask") is not None:  # made for a cache of fixed length
             tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
             inputs["token_mask"] = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         return inputs
+
+    def _asked_around(self, *, batch: int) -> Asked:
+        """Return what the ``generate`` asks for that a call which says nothing runs in; nothing outside of one."""
+        request, members = current_request(), self.membership
+        if request is None:
+            return None, None
+        return request.asks(batch=batch, experts=members.experts, known=members.known_owners)
 
     def _before_tuning(
         self, opt_out: OptOut | None, allowed: torch.Tensor | None, *, batch: int

@@ -128,10 +128,12 @@ def row_places(model: nn.Module, name: str, tuned: LockedTuning, expert: str | N
 class Untuned:
     """The composition from before the tuning, for requests that leave somebody out; loaded when one comes.
 
-    It shares every weight that the tuning left alone.
+    It shares every weight that the tuning left alone. The folder must still be what it was when the tuned model was
+    loaded: one that was edited since has other experts, or other weights under the same names.
 
     Args:
         folder: The tuned folder.
+        lock: Of the folder, whole, as the tuned model was loaded from it.
         involved: Everybody whose text or experts are in the tuned weights, or who joined afterwards.
         free: Owners whose experts joined afterwards; they are left out of the tuned weights as of any others.
         free_ids: Ids of those experts.
@@ -142,12 +144,15 @@ class Untuned:
         self,
         folder: Path,
         *,
+        lock: Lock,
         involved: Sequence[str],
         free: Collection[str] = (),
         free_ids: Collection[int] = (),
         without: Collection[str] = (),
     ) -> None:
         self.folder = folder
+        self.lock = lock
+        self.changed = frozenset(_names(folder, lock))
         self.involved = tuple(involved)
         self.free = frozenset(free)
         self.free_ids = frozenset(free_ids)
@@ -180,7 +185,11 @@ class Untuned:
         return True
 
     def model(self, tuned: ComposedForCausalLM) -> ComposedForCausalLM:
-        """Return the untuned model, on the tuned one's device and in its dtype."""
+        """Return the untuned model, on the tuned one's device and in its dtype.
+
+        Raises:
+            BuildError: The folder was changed since the tuned model was loaded.
+        """
         if self._model is None:
             self._model = self._load(tuned)
         if self._model.device != tuned.device or self._model.dtype != tuned.dtype:
@@ -191,16 +200,32 @@ class Untuned:
         from composer.loading import load_untuned
 
         config: Any = tuned.config
-        model = load_untuned(self.folder, dtype=tuned.dtype, without=self.without)
+        if not self._is_unchanged():
+            raise BuildError(self._changed_since())
+        model = load_untuned(self.folder, self.lock.untuned, dtype=tuned.dtype, without=self.without)
+        # edits swap whole folders: if it is the same one afterwards, nothing was read of another
+        if not self._is_unchanged() or model.expert_names != tuned.expert_names:
+            raise BuildError(self._changed_since())
         model.set_attn_implementation(config._attn_implementation)
         model.config._experts_implementation = config._experts_implementation
-        changed = set(_names(self.folder, Lock.read(self.folder)))
         theirs = dict(tuned.named_parameters())
         for name, _ in list(model.named_parameters()):
-            if name not in changed:
+            if name not in self.changed:
                 module, _, attribute = name.rpartition(".")
                 model.get_submodule(module).register_parameter(attribute, theirs[name])
         return model
+
+    def _is_unchanged(self) -> bool:
+        try:
+            return Lock.read(self.folder) == self.lock
+        except BuildError:  # it is gone
+            return False
+
+    def _changed_since(self) -> str:
+        return (
+            f"{self.folder} was changed since this model was loaded. Requests that leave somebody out of a tuned model "
+            "need the weights from before the tuning, which are read from it at the first such request. Load it again."
+        )
 
 
 def _names(folder: Path, lock: Lock) -> list[str]:

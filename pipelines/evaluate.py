@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from composer.optout import owner_names
 from experts.errors import DataError
 from pipelines.train.windows import make_windows, read_documents
 
@@ -202,7 +203,8 @@ def evaluate(
 
     Raises:
         DataError: There is no domain, or one does not fill a window.
-        UnknownNameError: ``opt_out`` names somebody who is not in the composition.
+        OptOutError: ``opt_out`` is no collection of names.
+        UnknownNameError: It names somebody who is not in the composition.
     """
     windows = prepare(data, tokenizer, sequence_length=sequence_length, max_tokens=max_tokens, seed=seed)
     return measure(model, windows, batch_size=batch_size, opt_out=opt_out, progress=progress)
@@ -269,9 +271,12 @@ def measure(
         opt_out: Owners left out by request; a composed model only.
         run: Gives the logits in another way, for instance from stored states of layers that several models share.
         progress: Told how many tokens are done.
+
+    Raises:
+        OptOutError: ``opt_out`` is no collection of names.
+        UnknownNameError: It names somebody who is not in the composition.
     """
-    if isinstance(opt_out, str):
-        opt_out = (opt_out,)
+    opt_out = owner_names(opt_out)
     total = sum(domain.tokens for domain in windows.values())
     done = 0
     domains = {}

@@ -13,6 +13,8 @@ except ImportError as error:
         "Haystack is not installed. Install the extra: pip install 'coterie[haystack]'."
     ) from error
 
+from composer.optout import owner_names
+
 __all__ = ["CoterieDocumentEmbedder", "CoterieTextEmbedder"]
 
 
@@ -23,11 +25,14 @@ class CoterieTextEmbedder:
     Args:
         model: What `composer.load` returned.
         opt_out: Owners who must not answer queries.
+
+    Raises:
+        OptOutError: ``opt_out`` is no collection of names.
     """
 
     def __init__(self, model: Any, *, opt_out: Collection[str] = ()) -> None:
         self.model = model
-        self.opt_out = tuple(sorted(opt_out))
+        self.opt_out = tuple(sorted(owner_names(opt_out)))
 
     @component.output_types(embedding=list[float])  # type: ignore[untyped-decorator]
     def run(self, text: str) -> dict[str, Any]:

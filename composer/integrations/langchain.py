@@ -12,6 +12,8 @@ except ImportError as error:
         "LangChain is not installed. Install the extra: pip install 'coterie[langchain]'."
     ) from error
 
+from composer.optout import owner_names
+
 __all__ = ["CoterieEmbeddings"]
 
 
@@ -21,11 +23,14 @@ class CoterieEmbeddings(Embeddings):  # type: ignore[misc]
     Args:
         model: What `composer.load` returned.
         opt_out: Owners who must not answer queries.
+
+    Raises:
+        OptOutError: ``opt_out`` is no collection of names.
     """
 
     def __init__(self, model: Any, *, opt_out: Collection[str] = ()) -> None:
         self.model = model
-        self.opt_out = tuple(sorted(opt_out))
+        self.opt_out = tuple(sorted(owner_names(opt_out)))
 
     def embed_query(self, text: str) -> list[float]:
         """Embed a query."""

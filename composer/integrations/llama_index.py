@@ -13,6 +13,7 @@ except ImportError as error:
         "LlamaIndex is not installed. Install the extra: pip install 'coterie[llama-index]'."
     ) from error
 
+from composer.optout import owner_names
 from experts.errors import OptOutError
 
 __all__ = ["CoterieEmbedding"]
@@ -28,7 +29,7 @@ class CoterieEmbedding(BaseEmbedding):  # type: ignore[misc]
             would hand out what a left-out owner computed.
 
     Raises:
-        OptOutError: ``embeddings_cache`` is given.
+        OptOutError: ``embeddings_cache`` is given, or ``opt_out`` is no collection of names.
     """
 
     _model: Any = PrivateAttr()
@@ -42,7 +43,7 @@ class CoterieEmbedding(BaseEmbedding):  # type: ignore[misc]
             )
         super().__init__(**settings)
         self._model = model
-        self._opt_out = tuple(sorted(opt_out))
+        self._opt_out = tuple(sorted(owner_names(opt_out)))
 
     @classmethod
     def class_name(cls) -> str:

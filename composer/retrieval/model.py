@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextvars import ContextVar
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
 from composer.model import Membership
-from composer.optout import OptOut, allowed_experts
+from composer.optout import OptOut, allowed_experts, owner_names
 from composer.retrieval.config import RetrieverConfig
 from composer.retrieval.engine import Engine, LayerGate
 from composer.retrieval.router import Decision
@@ -128,7 +128,8 @@ class RetrieverEncoder(PreTrainedModel):  # type: ignore[misc]
             The base's output; ``last_hidden_state`` is ``(rows, positions, d)``.
 
         Raises:
-            OptOutError: ``opt_out`` holds a set for every row: batches are sorted by length before they get here.
+            OptOutError: ``opt_out`` holds a set for every row: batches are sorted by length before they get here. Or
+                it is no collection of names.
             UnknownNameError: ``opt_out`` names an owner who is not in this composition.
             ValueError: ``task`` is another word.
         """
@@ -181,18 +182,17 @@ class RetrieverEncoder(PreTrainedModel):  # type: ignore[misc]
 
     def _allowed(self, opt_out: OptOut | None, allowed: torch.Tensor | None, *, rows: int) -> torch.Tensor:
         members = self.membership
-        if opt_out is not None and not isinstance(opt_out, str):
-            opt_out = list(opt_out)
-            if any(not isinstance(entry, str) for entry in opt_out):
-                raise OptOutError(
-                    "opt_out has one set of owners per row, and texts are sorted by length on their way to the model. "
-                    "Load the folder with composer.load, whose encode_query takes such a list, or call encode_query "
-                    "once for each set."
-                )
+        if _has_sets(opt_out):
+            raise OptOutError(
+                "opt_out has one set of owners per row, and texts are sorted by length on their way to the model. "
+                "Load the folder with composer.load, whose encode_query takes such a list, or call encode_query "
+                "once for each set."
+            )
         if allowed is None:
             if isinstance(opt_out, str):
                 return self._flags(opt_out)  # says what is wrong with it
-            return self._sets.get(frozenset(opt_out or ()), lambda: self._flags(opt_out or ()))
+            names = owner_names(() if opt_out is None else opt_out)  # type: ignore[arg-type]
+            return self._sets.get(names, lambda: self._flags(names))
         if opt_out is not None:
             raise OptOutError("Give either opt_out or allowed, not both.")
         if allowed.shape != (rows, len(members.experts) + 1):
@@ -201,6 +201,12 @@ class RetrieverEncoder(PreTrainedModel):  # type: ignore[misc]
                 f"({rows}, {len(members.experts) + 1}), the base first."
             )
         return allowed.to("cpu", torch.bool)
+
+
+def _has_sets(opt_out: Any) -> bool:
+    if isinstance(opt_out, str) or not isinstance(opt_out, Collection):
+        return False
+    return any(isinstance(entry, Collection) and not isinstance(entry, str) for entry in opt_out)
 
 
 def _parameters(module: nn.Module) -> frozenset[str] | None:

@@ -129,7 +129,7 @@ class Retriever(SentenceTransformer):  # type: ignore[misc]
                 ``route_margin``, ``route_confidence``.
 
         Raises:
-            OptOutError: Another number of collections than texts, or a bare string.
+            OptOutError: Another number of collections than texts, a bare string, or an iterator.
             UnknownNameError: An owner who is not in this composition.
         """
         if opt_out is not None:
@@ -146,7 +146,7 @@ class Retriever(SentenceTransformer):  # type: ignore[misc]
         single = isinstance(inputs, str)
         texts = [inputs] if single else list(inputs)
         sets = owners_per_row(opt_out, batch=len(texts), known=self.membership.known_owners)
-        if not isinstance(opt_out, str) and all(isinstance(entry, str) for entry in opt_out):
+        if all(isinstance(entry, str) for entry in opt_out):
             return inputs, sorted(sets[0] if sets else ())
         marked = [_Text(text, owners) for text, owners in zip(texts, sets, strict=True)]
         return (marked[0] if single else marked), None

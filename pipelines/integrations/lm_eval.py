@@ -9,8 +9,10 @@ Needs the extra ``lm-eval``. Knows the harness's model arguments; knows nothing 
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from typing import Any
 
+from composer.optout import owner_names
 from experts.errors import BuildError, CoterieError
 from experts.names import unknown_name
 
@@ -116,9 +118,15 @@ def _device(given: str | None) -> str:
 
 
 def owners_of(given: object) -> frozenset[str]:
-    """Return the owners of ``acme+bob``, or of a collection of names; the harness reads ``42`` as a number."""
-    if isinstance(given, list | tuple | set | frozenset):
+    """Return the owners of ``acme+bob``, or of a collection of names; the harness reads ``42`` as a number.
+
+    Raises:
+        OptOutError: An iterator.
+    """
+    if isinstance(given, Collection) and not isinstance(given, str):
         return frozenset(map(str, given))
+    if isinstance(given, Iterable) and not isinstance(given, str):
+        return owner_names(given)  # type: ignore[arg-type]  # refuses it
     return frozenset(name for name in str(given or "").split("+") if name)
 
 

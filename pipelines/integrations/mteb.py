@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from composer.optout import owner_names
 from experts.errors import OptOutError
 from pipelines.retrieval.collection import Collection
 from pipelines.retrieval.encoders import Encoder, open_encoder
@@ -97,11 +98,14 @@ class CoterieEncoder:
         encoder: The model.
         name: Under which results are kept.
         opt_out: Owners who must not answer queries.
+
+    Raises:
+        OptOutError: ``opt_out`` is no collection of names.
     """
 
     def __init__(self, encoder: Encoder, *, name: str, opt_out: Owners[str] = ()) -> None:
         self.encoder = encoder
-        self.opt_out = tuple(sorted(opt_out))
+        self.opt_out = tuple(sorted(owner_names(opt_out)))
         self.mteb_model_meta = ModelMeta.create_empty(
             {"name": f"coterie/{name}", "revision": encoder.revision(opt_out=self.opt_out)}
         )

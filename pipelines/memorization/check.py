@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from composer.optout import owner_names
 from experts.errors import DataError
 from experts.names import unknown_name
 from pipelines.memorization.canaries import Canary
@@ -192,6 +193,7 @@ def sequence_losses(
     model: Any, rows: Sequence[Sequence[int]], *, opt_out: Collection[str] = (), batch_size: int = 16
 ) -> list[float]:
     """Return ``-sum log p(id[t+1] | id[..t])`` of each row in nats, whatever the rows' lengths."""
+    names = owner_names(opt_out)
     losses = [0.0] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for start in range(0, len(order), batch_size):
@@ -204,7 +206,7 @@ def sequence_losses(
             mask[place, : len(rows[i])] = 1
         ids, mask = ids.to(model.device), mask.to(model.device)
         with torch.inference_mode():
-            logits = model(ids, attention_mask=mask, use_cache=False, opt_out=set(opt_out)).logits
+            logits = model(ids, attention_mask=mask, use_cache=False, opt_out=names).logits
             for place, i in enumerate(part):
                 length = len(rows[i])
                 losses[i] = float(
@@ -234,7 +236,9 @@ def check(
 
     Raises:
         DataError: There is nothing to look for, or a canary is too short.
+        OptOutError: What an arm leaves out is no collection of names.
     """
+    arms = {arm: owner_names(out) for arm, out in arms.items()}
     if not checks.canaries and not checks.texts:
         raise DataError("There is nothing to look for. Give canaries, training text, or both.")
     cases = canary_cases(checks.canaries, tokenizer)

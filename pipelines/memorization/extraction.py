@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from composer.optout import owner_names
+
 __all__ = ["EXTRACTED", "Case", "clopper_pearson", "continuations", "similarity"]
 
 EXTRACTED = 0.9
@@ -72,7 +74,11 @@ def continuations(
         samples: Continuations drawn of each (top-k 50, top-p 0.95, temperature 1); 0: the greedy one.
         seed: Of the draws.
         batch_size: Rows generated at once.
+
+    Raises:
+        OptOutError: ``opt_out`` is no collection of names.
     """
+    names = owner_names(opt_out)
     best = [0.0] * len(cases)
     rows: dict[tuple[int, int], list[int]] = {}
     for number, case in enumerate(cases):  # rows of one shape need no padding
@@ -82,14 +88,14 @@ def continuations(
         for (_, length), numbers in rows.items():
             for start in range(0, len(numbers), batch_size):
                 part = numbers[start : start + batch_size]
-                written = _generate(model, [cases[n].prefix for n in part], length, opt_out, samples > 0)
+                written = _generate(model, [cases[n].prefix for n in part], length, names, samples > 0)
                 for number, ids in zip(part, written, strict=True):
                     best[number] = max(best[number], similarity(ids, cases[number].target))
     return best
 
 
 def _generate(
-    model: Any, prefixes: Sequence[Sequence[int]], length: int, opt_out: Collection[str], draw: bool
+    model: Any, prefixes: Sequence[Sequence[int]], length: int, opt_out: frozenset[str], draw: bool
 ) -> list[list[int]]:
     ids = torch.tensor(prefixes, device=model.device)
     end = model.generation_config.eos_token_id
@@ -100,7 +106,7 @@ def _generate(
             attention_mask=torch.ones_like(ids),
             max_new_tokens=length,
             pad_token_id=min(ends, default=0),
-            opt_out=set(opt_out),
+            opt_out=opt_out,
             **(_SAMPLING if draw else _GREEDY),
         )[:, ids.shape[1] :]
     return [_until(row, ends) for row in written.tolist()]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from composer.optout import owner_names
 from experts.errors import DataError
 from experts.names import unknown_name
 from pipelines.retrieval.collection import is_unicode
@@ -73,6 +74,7 @@ class Encoder:
 
         Raises:
             DataError: A query is empty.
+            OptOutError: ``opt_out`` is no collection of names.
         """
         check_queries(texts)
         return self._vectors(
@@ -84,6 +86,7 @@ class Encoder:
 
         Raises:
             DataError: A query is empty.
+            OptOutError: ``opt_out`` is no collection of names.
         """
         if not self.owners:
             return self.queries(texts), [Route(expert=None, owner=None, weights={"base": 1.0}) for _ in texts]
@@ -105,7 +108,7 @@ class Encoder:
 
     def revision(self, *, opt_out: Collection[str] = ()) -> str:
         """Digest of everything that decides query vectors when owners are left out: base, router, experts, allowed."""
-        allowed = [self.composition or "", sorted(set(self.owners) - set(opt_out))]
+        allowed = [self.composition or "", sorted(set(self.owners) - owner_names(opt_out))]
         return hashlib.sha256(json.dumps([self.base, *allowed]).encode()).hexdigest()
 
     def tokens(self, text: str) -> int:
@@ -126,7 +129,8 @@ class Encoder:
         }
 
     def _left_out(self, opt_out: Collection[str]) -> dict[str, Any]:
-        return {"opt_out": sorted(opt_out)} if opt_out else {}
+        names = owner_names(opt_out)
+        return {"opt_out": sorted(names)} if names else {}
 
     def _vectors(self, found: Any) -> Vectors:
         return np.ascontiguousarray(found, dtype=np.float32).reshape(-1, self.dimension)
@@ -177,17 +181,19 @@ def open_encoder(
     Raises:
         DataError: The folder holds no embedding model.
         AdmissionError: It is an embedding model that is not understood.
+        OptOutError: ``opt_out`` is no collection of names.
         UnknownNameError: ``opt_out`` names an owner who is not in it.
     """
+    names = owner_names(opt_out)
     if (folder / _LOCK).is_file():
-        return _composed(folder, opt_out=opt_out, registry=registry, device=device)
+        return _composed(folder, opt_out=names, registry=registry, device=device)
     if not (folder / "modules.json").is_file():
         raise DataError(
             f"{folder} is no embedding model: it holds neither {_LOCK} (of 'coterie build') nor modules.json (of "
             "sentence-transformers)."
         )
-    if opt_out:
-        raise unknown_name("owner", min(opt_out), ())
+    if names:
+        raise unknown_name("owner", min(names), ())
     from sentence_transformers import SentenceTransformer
 
     from experts.base import BaseDescription
@@ -203,7 +209,7 @@ def _composed(folder: Path, *, opt_out: Collection[str], registry: Registry | No
     from composer.members import BASE_FOLDER
     from experts.base import BaseDescription
 
-    model: Any = composer.load(folder, opt_out=set(opt_out), registry=registry, device=device)
+    model: Any = composer.load(folder, opt_out=opt_out, registry=registry, device=device)
     if not hasattr(model, "encode_query"):
         raise DataError(f"{folder} holds a language model. Retrieval needs one of recipe router_retriever.")
     lock = Lock.read(folder)

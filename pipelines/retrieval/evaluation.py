@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from composer.optout import owner_names
 from pipelines.retrieval import collection as collections
 from pipelines.retrieval.encoders import Encoder, Route
 from pipelines.retrieval.metrics import METRICS, measure
@@ -65,7 +66,7 @@ def evaluate(
     Returns:
         Results by the collection's name.
     """
-    (scores,) = _arms(encoder, tests, [opt_out], batch_size=batch_size, progress=progress)
+    (scores,) = _arms(encoder, tests, [owner_names(opt_out)], batch_size=batch_size, progress=progress)
     return scores
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from composer.optout import owner_names
 from experts.errors import DataError
 from experts.files import fsync_folder, write_atomic
 from experts.strict import load_json, validate
@@ -222,8 +223,11 @@ def owner_mask(owners: Sequence[str | None], opt_out: Collection[str]) -> Mask |
     Args:
         owners: Of the documents.
         opt_out: Owners whose documents must not be found.
+
+    Raises:
+        OptOutError: ``opt_out`` is no collection of names.
     """
-    left_out = set(opt_out)
+    left_out = owner_names(opt_out)
     return np.array([owner not in left_out for owner in owners], dtype=np.bool_) if left_out else None
 
 

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from experts.errors import DataError, UnknownNameError
+from experts.errors import DataError, OptOutError, UnknownNameError
 from pipelines.evaluate import evaluate, leave_one_out, measure, prepare, read_domains
 
 SETTINGS = {"sequence_length": 16, "max_tokens": 96}
@@ -104,6 +104,15 @@ def test_unknown_owner_is_named(pico, tokenizer, data):
         evaluate(pico.loaded(), tokenizer, data, opt_out={"bop"}, **SETTINGS)
     known = ", ".join(sorted(pico.owners))
     assert str(caught.value) == f"Unknown owner 'bop'. Did you mean 'bob'? Known: {known}."
+
+
+@pytest.mark.parametrize(
+    "given", ["acme", map(str.strip, ["acme"]), [{"acme"}]], ids=["string", "map", "by row"]
+)
+def test_owners_are_named_in_one_collection(pico, tokenizer, data, given):
+    """An iterator would be empty at the second batch."""
+    with pytest.raises(OptOutError, match=r"^opt_out (is the string|is or holds a 'map'|holds \{'acme'\})"):
+        evaluate(pico.loaded(), tokenizer, data, opt_out=given, **SETTINGS)
 
 
 def test_leave_one_out_has_an_arm_for_every_owner(pico, tokenizer, data):

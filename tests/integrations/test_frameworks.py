@@ -105,6 +105,24 @@ def test_haystack(retriever: Any, texts: list[str]) -> None:
     assert wrapper.CoterieDocumentEmbedder(retriever).run([]) == {"documents": []}
 
 
+@pytest.mark.parametrize(
+    ("module", "wrapper", "name"),
+    [
+        ("langchain_core.embeddings", "langchain", "CoterieEmbeddings"),
+        ("llama_index.core", "llama_index", "CoterieEmbedding"),
+        ("haystack", "haystack", "CoterieTextEmbedder"),
+    ],
+)
+def test_owners_are_named_in_a_collection(retriever: Any, module: str, wrapper: str, name: str) -> None:
+    from experts.errors import OptOutError
+
+    made = getattr(_framework(module, f"composer.integrations.{wrapper}"), name)
+    with pytest.raises(OptOutError, match=r"^opt_out is or holds a 'list_iterator', which is no collection"):
+        made(retriever, opt_out=iter(["acme"]))
+    with pytest.raises(OptOutError, match=r"^opt_out is the string 'acme'"):
+        made(retriever, opt_out="acme")
+
+
 _INDEX = "llama_index.core.base.embeddings.base"
 
 

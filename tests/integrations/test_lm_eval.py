@@ -131,12 +131,21 @@ def test_a_registrys_opt_outs_are_followed(pico: Any) -> None:
         ("acme+bob", {"acme", "bob"}),
         (42, {"42"}),
         (["a"], {"a"}),
+        ({"a": 1}.keys(), {"a"}),
     ],
 )
 def test_owners(given: object, owners: set[str]) -> None:
     from pipelines.integrations.lm_eval import owners_of
 
     assert owners_of(given) == owners
+
+
+def test_an_iterator_is_refused() -> None:
+    from experts.errors import OptOutError
+    from pipelines.integrations.lm_eval import owners_of
+
+    with pytest.raises(OptOutError, match=r"^opt_out is or holds a 'map', which is no collection"):
+        owners_of(map(str.strip, ["acme"]))
 
 
 def test_mistakes_are_named(pico: Any) -> None:

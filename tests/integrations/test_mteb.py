@@ -105,6 +105,10 @@ def test_models_have_an_identity_for_each_set_of_owners(
     )
     loaded = wrapper.CoterieEncoder.open(retriever_folder, opt_out={"acme"}).mteb_model_meta
     assert loaded.revision not in {revision()[1]}
+    with pytest.raises(OptOutError, match=r"^opt_out is or holds a 'map', which is no collection"):
+        revision(opt_out=map(str.strip, ["acme"]))
+    with pytest.raises(OptOutError, match=r"^opt_out is the string 'acme'"):
+        revision(opt_out="acme")
 
 
 def test_tasks_have_an_identity_for_each_content(wrapper: Any, collection: Collection) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from experts.errors import DataError, UnknownNameError
+from experts.errors import DataError, OptOutError, UnknownNameError
 from pipelines.memorization import extraction
 from pipelines.memorization.canaries import Canary
 from pipelines.memorization.check import (
@@ -230,3 +230,14 @@ def test_chance_is_said_right() -> None:
     n = 100_000
     mean = math.log2(n) - math.fsum(math.log2(rank) for rank in range(1, n + 1)) / n
     assert mean == pytest.approx(1.44, abs=0.01)
+
+
+def test_an_iterator_leaves_nobody_out_twice(model: Any, tokenizer: Any, canary: Canary) -> None:
+    given = map(str.strip, ["acme"])
+    for call in (
+        lambda: sequence_losses(model, [[1, 2]], opt_out=given),
+        lambda: continuations(model, [], opt_out=given),
+        lambda: check(model, tokenizer, Checks(canaries=[canary]), arms={"without": given}),  # type: ignore[dict-item]
+    ):
+        with pytest.raises(OptOutError, match=r"^opt_out is or holds a 'map', which is no collection"):
+            call()

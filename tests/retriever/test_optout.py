@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 
+import composer.hf  # noqa: F401 - registers the Auto classes
 from composer.loading import load
 from composer.lock import Lock
+from composer.retrieval.cache import QueryCache
 from composer.verify import verify_optout
 from experts.errors import OptOutError, UnknownNameError
+from pipelines.retrieval.encoders import open_encoder
+from pipelines.retrieval.evaluation import evaluate
+from pipelines.retrieval.index import owner_mask
 
 WAYS: dict[str, dict[str, Any]] = {
     "two passes": {"selector": "top1"},
@@ -206,3 +213,37 @@ def test_the_proof_finds_what_is_not_the_never_joined_model(
     )
     rows = verify_optout(retrievers.folder(), owner="bob")
     assert {row.door: row.passed for row in rows} == {"build": True, "load": True, "request": False}
+
+
+@pytest.mark.parametrize("kind", ["generator", "map"])
+def test_r6_what_can_be_read_only_once_is_refused_at_every_door(
+    retrievers: Any, texts: list[str], kind: str
+) -> None:
+    """Whoever read it for the second batch would find nobody in it."""
+    folder, model = retrievers.folder(), retrievers.model()
+    stock = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+    encoder = open_encoder(folder)
+    given = map(str.strip, ["acme"]) if kind == "map" else (name for name in ["acme"])
+    doors: list[Callable[[], Any]] = [
+        lambda: model.encode_query(texts, opt_out=given),
+        lambda: model.encode_query(texts, opt_out=[given, *[set()] * (len(texts) - 1)]),
+        lambda: model.encode_document(texts, opt_out=given),
+        lambda: QueryCache().encode_query(model, texts, opt_out=given),
+        lambda: load(folder, opt_out=given),
+        lambda: open_encoder(folder, opt_out=given),
+        lambda: open_encoder(retrievers.pico.embedder(), opt_out=given),
+        lambda: encoder.queries(texts, opt_out=given),
+        lambda: encoder.routed(texts, opt_out=given),
+        lambda: encoder.revision(opt_out=given),
+        lambda: evaluate(encoder, [], opt_out=given),
+        lambda: owner_mask(["acme", None], given),
+        lambda: stock.encode_query(texts, opt_out=given, batch_size=4),
+    ]
+    for number, door in enumerate(doors):
+        with pytest.raises(OptOutError) as caught:
+            door()
+        assert str(caught.value) == (
+            f"opt_out is or holds a '{kind}', which is no collection of owner names: what can be read only once leaves "
+            "nobody out the next time. Write a set, a list or a tuple."
+        ), number
+    assert list(given) == ["acme"], "nothing was taken out of it"
