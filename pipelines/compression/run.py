@@ -123,8 +123,9 @@ def find_expert(source: str | Path, registry: Registry) -> tuple[ExpertCard, Map
     else:
         record = registry.expert(source)
         card, found = registry.card(record), registry.files(record)
+    whose = (card.owner, *registry.parent_owners(card))
     for entry in registry.opt_outs():
-        if entry.owner == card.owner:
+        if entry.owner in whose:
             raise ConsentError(
                 f"{card.name} cannot be converted: {entry.owner} opted out on {entry.when} (recorded by {entry.who}): "
                 f"{entry.reason}"

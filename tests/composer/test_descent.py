@@ -19,6 +19,7 @@ from experts.card import BaseRef
 from experts.errors import AdmissionError, ConsentError, PlanError, RegistryError
 from experts.fingerprint import tokenizer_fingerprint
 from experts.package import pack
+from pipelines.compression.run import find_expert
 from registry import Registry
 
 EVERYBODY = ("acme/low", "bob/low", "bob/made", "yan/again", "zoe/low")
@@ -141,6 +142,8 @@ def test_a_ledger_takes_them_along(registry: Registry, compose: Any, pico: Any) 
     folder = Path(shutil.copytree(compose("bob/low", "zoe/low"), pico.scratch("grows")))
     with pytest.raises(ConsentError, match="acme opted out on "):
         add_experts(folder, ["bob/made"], registry=registry)
+    with pytest.raises(ConsentError, match="yan/again cannot be converted: acme opted out on "):
+        find_expert("yan/again", registry)
 
 
 def test_nothing_is_made_of_experts_of_somebody_who_left(registry: Registry, make_expert: Any) -> None:
