@@ -921,7 +921,7 @@ def _own_user_folders(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
         "XDG_STATE_HOME": "state",
     }.items():
         monkeypatch.setenv(variable, str(home / name))
-    monkeypatch.setenv("COTERIE_REGISTRY", str(home / "no-registry"))
+    monkeypatch.delenv("COTERIE_REGISTRY", raising=False)
     monkeypatch.delenv("COTERIE_TRACEBACK", raising=False)
 
 

@@ -59,8 +59,7 @@ def test_command_measures_then_writes(stock: Any, tmp_path: Path) -> None:
     from pipelines.cli.app import app
 
     def run(*words: object) -> Any:
-        front = ["--registry", str(tmp_path / "registry"), "export"]
-        return CliRunner().invoke(app, [*front, *map(str, words)], prog_name="coterie")
+        return CliRunner().invoke(app, ["export", *map(str, words)], prog_name="coterie")
 
     law = tmp_path / "law.txt"
     law.write_text(TEXT)
