@@ -96,17 +96,25 @@ class World:
         folder: The working folder of the experiment; the seed's own is below it.
         seed: Which seed.
         tell: Told what is going on.
+        device: Where it computes; None: where the experiment says.
 
     Raises:
-        ManifestError: The experiment's device is not there.
+        ManifestError: The device is not there.
     """
 
     def __init__(
-        self, experiment: Experiment, texts: Texts, *, folder: Path, seed: int, tell: Tell | None = None
+        self,
+        experiment: Experiment,
+        texts: Texts,
+        *,
+        folder: Path,
+        seed: int,
+        tell: Tell | None = None,
+        device: str | None = None,
     ) -> None:
         from pipelines.devices import find_device
 
-        self.device = str(find_device(experiment.device))
+        self.device = str(find_device(experiment.device if device is None else device))
         self.experiment = experiment
         self.texts = texts
         self.seed = seed

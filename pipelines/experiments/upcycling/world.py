@@ -48,7 +48,7 @@ def read_texts(experiment: UpcyclingExperiment, *, tell: Tell | None = None) -> 
 
 
 class UpcyclingWorld(World):
-    """One seed of an upcycling comparison; arguments as of `World`."""
+    """One seed of an upcycling comparison, which computes on the CPU; arguments as of `World`."""
 
     def __init__(
         self,
@@ -59,7 +59,14 @@ class UpcyclingWorld(World):
         seed: int,
         tell: Tell | None = None,
     ) -> None:
-        super().__init__(experiment, texts, folder=folder, seed=seed, tell=tell)  # type: ignore[arg-type]
+        super().__init__(
+            experiment,  # type: ignore[arg-type]
+            texts,
+            folder=folder,
+            seed=seed,
+            tell=tell,
+            device="cpu",
+        )
         self.settings = experiment
 
     @cached_property
