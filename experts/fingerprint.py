@@ -25,7 +25,9 @@ from experts.safetensors_header import (
 from experts.strict import load_json
 
 __all__ = [
+    "INDEX",
     "MAX_BASE_TENSORS",
+    "WEIGHTS",
     "checkpoint_files",
     "describe_checkpoint",
     "fingerprint_tensors",
@@ -35,8 +37,8 @@ __all__ = [
 
 MAX_BASE_TENSORS = 1 << 16
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 _VOCABULARIES = (
     "tokenizer.model",
     "spiece.model",
@@ -105,15 +107,15 @@ def checkpoint_files(folder: Path) -> dict[Path, Mapping[str, StoredTensor]]:
     Raises:
         AdmissionError: No checkpoint, a tensor in two shards, or an index that does not match the shards.
     """
-    if (folder / _INDEX).exists():
+    if (folder / INDEX).exists():
         return _sharded(folder)
-    if (folder / _SINGLE).exists():
-        return {folder / _SINGLE: _read(folder / _SINGLE)}
+    if (folder / WEIGHTS).exists():
+        return {folder / WEIGHTS: _read(folder / WEIGHTS)}
     pickle = conversion(folder)
     if pickle is not None:
         raise AdmissionError(f"'{folder}' holds no safetensors: {pickle}")
     raise AdmissionError(
-        f"'{folder}' holds neither {_SINGLE} nor {_INDEX}; save the base with save_pretrained "
+        f"'{folder}' holds neither {WEIGHTS} nor {INDEX}; save the base with save_pretrained "
         "(pickled checkpoints are never read)."
     )
 
@@ -125,7 +127,7 @@ def _read(path: Path) -> Mapping[str, StoredTensor]:
 
 
 def _sharded(folder: Path) -> dict[Path, Mapping[str, StoredTensor]]:
-    weight_map = _weight_map(folder / _INDEX)
+    weight_map = _weight_map(folder / INDEX)
     _check_present(folder, weight_map)
     shards = {folder / name: _read(folder / name) for name in sorted(set(weight_map.values()))}
     held: dict[str, str] = {}
@@ -142,7 +144,7 @@ def _sharded(folder: Path) -> dict[Path, Mapping[str, StoredTensor]]:
         f"tensor '{n}': listed under {f}, not found there" for n, f in weight_map.items() if n not in held
     ]
     if problems:
-        raise AdmissionError(f"The shards in '{folder}' do not match {_INDEX}:", problems=capped(problems))
+        raise AdmissionError(f"The shards in '{folder}' do not match {INDEX}:", problems=capped(problems))
     return shards
 
 
@@ -151,21 +153,21 @@ def _check_present(folder: Path, weight_map: Mapping[str, str]) -> None:
     absent = [name for name in sorted(counts) if not (folder / name).exists()]
     if absent:
         raise AdmissionError(
-            f"{_INDEX} lists {len(counts)} shards, and {len(absent)} of them are not in '{folder}'; download or copy "
+            f"{INDEX} lists {len(counts)} shards, and {len(absent)} of them are not in '{folder}'; download or copy "
             "them there:",
             problems=capped([f"{name}: {counts[name]} tensors" for name in absent]),
         )
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    index = load_json(path, what=_INDEX, max_bytes=MAX_BASE_HEADER, error=AdmissionError)
+    index = load_json(path, what=INDEX, max_bytes=MAX_BASE_HEADER, error=AdmissionError)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise AdmissionError(f"{_INDEX} has no weight_map of tensor names to file names.")
+        raise AdmissionError(f"{INDEX} has no weight_map of tensor names to file names.")
     for name, file in weight_map.items():
         if not isinstance(file, str) or "/" in file or "\0" in file or not file.endswith(".safetensors"):
             raise AdmissionError(
-                f"{_INDEX} lists tensor {name!r} under {file!r}; a .safetensors file in the same folder is "
+                f"{INDEX} lists tensor {name!r} under {file!r}; a .safetensors file in the same folder is "
                 "needed."
             )
     return weight_map

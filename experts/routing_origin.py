@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Protocol, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from experts.errors import AdmissionError
-from experts.fingerprint import checkpoint_files, fingerprint_tensors, tokenizer_files, tokenizer_fingerprint
+from experts.fingerprint import (
+    INDEX,
+    WEIGHTS,
+    checkpoint_files,
+    fingerprint_tensors,
+    tokenizer_files,
+    tokenizer_fingerprint,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +32,6 @@ if TYPE_CHECKING:
 __all__ = ["AnchorInfo", "check_anchor", "check_public_rows", "embedder_digest", "load_public", "rows_digest"]
 
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-_CHECKPOINTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 class _Anchor(Protocol):
@@ -145,7 +151,7 @@ def embedder_digest(folder: Path) -> str:
         AdmissionError: The folder holds no well-formed safetensors checkpoint.
     """
     parts = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
-    weights = [part for part in parts if any((part / name).is_file() for name in _CHECKPOINTS)]
+    weights = [part for part in parts if any((part / name).is_file() for name in (WEIGHTS, INDEX))]
     if not weights:
         checkpoint_files(folder)  # says what is missing
     entries = [

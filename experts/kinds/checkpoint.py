@@ -17,15 +17,12 @@ from typing import BinaryIO
 from experts.base import BaseDescription
 from experts.errors import AdmissionError
 from experts.files import CHUNK, capped, open_regular
-from experts.fingerprint import checkpoint_files
+from experts.fingerprint import INDEX, WEIGHTS, checkpoint_files
 from experts.kinds.kind import DTYPES
 from experts.safetensors_header import StoredTensor, TensorSpec
 from experts.schema import compare_schema
 
-__all__ = ["INDEX", "WEIGHTS", "Checkpoint", "has_checkpoint", "weight_files"]
-
-INDEX = "model.safetensors.index.json"
-WEIGHTS = "model.safetensors"
+__all__ = ["Checkpoint", "has_checkpoint", "weight_files"]
 
 
 def has_checkpoint(folder: Path) -> bool:

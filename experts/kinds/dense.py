@@ -14,8 +14,8 @@ from experts.base import BaseDescription
 from experts.card import BaseRef
 from experts.errors import AdmissionError
 from experts.files import capped, install_file
-from experts.fingerprint import tokenizer_files, tokenizer_fingerprint
-from experts.kinds.checkpoint import WEIGHTS, Checkpoint, has_checkpoint, weight_files
+from experts.fingerprint import WEIGHTS, tokenizer_files, tokenizer_fingerprint
+from experts.kinds.checkpoint import Checkpoint, has_checkpoint, weight_files
 from experts.kinds.kind import DTYPES, ExpertKind, ResolvedConfig
 from experts.pickles import conversion
 from experts.same_architecture import DECIDES_NOTHING, architecture_problems

@@ -18,7 +18,8 @@ from experts.card import BaseRef
 from experts.embedding import EMBEDDING_FILES, embedding_differences, read_embedding
 from experts.errors import AdmissionError
 from experts.files import capped, install_file, read_bounded, sha256_file, write_atomic
-from experts.kinds.checkpoint import WEIGHTS, Checkpoint, has_checkpoint, weight_files
+from experts.fingerprint import WEIGHTS
+from experts.kinds.checkpoint import Checkpoint, has_checkpoint, weight_files
 from experts.kinds.kind import DTYPES, MAX_CONFIG_BYTES, ExpertKind, ResolvedConfig
 from experts.pickles import conversion
 from experts.same_architecture import DECIDES_NOTHING, architecture_problems
