@@ -176,7 +176,7 @@ def _base_model(
 
 def _join(model: ComposedForCausalLM, members: Members, lock: Lock) -> None:
     """Let the recipe put the experts in, and say who they are."""
-    from composer.model import Membership
+    from composer.membership import Membership
 
     model.membership = Membership(
         experts=tuple(member.locked.name for member in members.experts),

@@ -21,47 +21,17 @@ from transformers.modeling_utils import PreTrainedModel
 from composer.configuration import ComposedConfig
 from composer.forward import FORCED, Branch, ForwardPass, current_forward, forward_pass
 from composer.layers.attention_cache import widened
-from composer.optout import OptOut, allowed_experts
+from composer.membership import Membership
+from composer.optout import OptOut
 from composer.routing.recent import Recent
 from composer.routing.router import Router
-from composer.routing.state import RouterState, RouterStateLayer
+from composer.routing.state import RouterState, attach_state, held_state
 from composer.routing.types import ANCHOR, AllowedGroup, Groups, group_rows
 from composer.running import Asked, RunningRequest, current_request, running_request
 from composer.tuned import Untuned
 from experts.errors import OptOutError
 
-__all__ = ["ComposedForCausalLM", "Gate", "Membership"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Membership:
-    """Who is in a loaded model.
-
-    Attributes:
-        experts: Names in canonical order; the ids are 1, 2, ...
-        owners: Owner of each expert.
-        parent_owners: Other owners from whose experts each one was made; empty: of none.
-        known_owners: Every owner of the composition, those left out included.
-        digest: Identifies the base, the router and the loaded experts; caches carry it.
-        folder: The composed folder the model was loaded from, or None.
-        needs_all: Why a request cannot leave anybody out, where it cannot.
-        needs_one: Whether a request must leave some expert in: the anchor is no expert.
-    """
-
-    experts: tuple[str, ...] = ()
-    owners: tuple[str, ...] = ()
-    parent_owners: tuple[tuple[str, ...], ...] = ()
-    known_owners: frozenset[str] = frozenset()
-    digest: str = ""
-    folder: str | None = None
-    needs_all: str | None = None
-    needs_one: bool = False
-
-    @property
-    def whose(self) -> tuple[frozenset[str], ...]:
-        """For each expert, everybody whose leaving takes it along."""
-        parents = self.parent_owners or ((),) * len(self.owners)
-        return tuple(frozenset((owner, *more)) for owner, more in zip(self.owners, parents, strict=True))
+__all__ = ["ComposedForCausalLM", "Gate"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,7 +242,7 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
                 **kwargs,
             )
         if isinstance(output.past_key_values, Cache):
-            _attach(output.past_key_values, state)
+            attach_state(output.past_key_values, state)
         return output
 
     @torch.no_grad()
@@ -308,7 +278,7 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             opt_out, allowed = self._asked_around(batch=batch)
         before = self._before_tuning(opt_out, allowed, batch=batch)
         # a tensor, so that beams and return sequences expand it together with the rows
-        model, mask = before or (self, self._allowed(opt_out, allowed, batch=batch))
+        model, mask = before or (self, members.allowed(opt_out, allowed, batch=batch))
         kwargs.setdefault(
             "disable_compile", True
         )  # who is allowed, and the router's state, are no tensors of a graph
@@ -367,41 +337,10 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         """Return the untuned model and who is allowed where a request leaves somebody out of a tuned one."""
         if self.untuned is None or (opt_out is None and allowed is None):
             return None
-        mask = self._allowed(opt_out, allowed, batch=batch)
+        mask = self.membership.allowed(opt_out, allowed, batch=batch)
         if not self.untuned.is_asked(opt_out, mask):
             return None
         return self.untuned.model(self), mask
-
-    def _allowed(self, opt_out: OptOut | None, allowed: torch.Tensor | None, *, batch: int) -> torch.Tensor:
-        members = self.membership
-        if opt_out is not None and allowed is not None:
-            raise OptOutError("Give either opt_out or allowed, not both.")
-        if allowed is None:
-            sets = () if opt_out is None else opt_out
-            mask = allowed_experts(sets, batch=batch, owners=members.whose, known=members.known_owners)
-            return self._possible(mask)
-        if allowed.shape != (batch, len(members.experts) + 1):
-            raise OptOutError(
-                f"allowed has shape {tuple(allowed.shape)}; it must be (batch, experts + 1) = "
-                f"({batch}, {len(members.experts) + 1}), the anchor first."
-            )
-        return self._possible(allowed.to("cpu", torch.bool))
-
-    def _possible(self, mask: torch.Tensor) -> torch.Tensor:
-        """Return the mask of allowed experts.
-
-        Raises:
-            OptOutError: This composition cannot answer such a request.
-        """
-        members, others = self.membership, mask[:, 1:]
-        if members.needs_all is not None and not bool(others.all()):
-            raise OptOutError(members.needs_all)
-        if members.needs_one and others.shape[1] and not bool(others.any(-1).all()):
-            raise OptOutError(
-                "A row leaves every owner out, and the anchor is no expert here (`seed_expert: false`), so nobody is "
-                "left to answer. Leave somebody in, or use the base itself."
-            )
-        return mask
 
     def _request(
         self, opt_out: OptOut | None, allowed: torch.Tensor | None, tokens: torch.Tensor
@@ -410,17 +349,17 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         batch, device = tokens.shape[0], tokens.device
 
         def make() -> tuple[torch.Tensor, Groups]:
-            mask = self._allowed(opt_out, allowed, batch=batch)
+            mask = self.membership.allowed(opt_out, allowed, batch=batch)
             return mask, group_rows(mask, device=device)
 
         if opt_out is None and allowed is None:
             return self._requests.get((batch, device), make)
-        mask = self._allowed(opt_out, allowed, batch=batch)
+        mask = self.membership.allowed(opt_out, allowed, batch=batch)
         return self._requests.get((batch, device, mask.numpy().tobytes()), make)
 
     def _state(self, cache: Cache | None, mask: torch.Tensor) -> RouterState:
         """Return the state to continue from, or a fresh one for an empty or absent cache."""
-        held = None if cache is None else _held_state(cache)
+        held = None if cache is None else held_state(cache)
         if cache is None or int(cache.get_seq_length()) == 0:
             if held is None:
                 return RouterState(composition=self.membership.digest, allowed=mask)
@@ -435,22 +374,6 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             )
         held.check(composition=self.membership.digest, allowed=mask)
         return held
-
-
-def _held_state(cache: Cache) -> RouterState | None:
-    for layer in reversed(cache.layers):
-        if isinstance(layer, RouterStateLayer):
-            return layer.state
-    return None
-
-
-def _attach(cache: Cache, state: RouterState) -> None:
-    """Put the state behind the attention layers, once they all exist."""
-    if _held_state(cache) is None:
-        first = cache.layers[0] if cache.layers else None
-        # mask functions look for the first layer of a kind: never let that be this one
-        sliding, static = (bool(getattr(first, name, False)) for name in ("is_sliding", "is_compileable"))
-        cache.layers.append(RouterStateLayer(state, is_sliding=sliding, is_compileable=static))
 
 
 def _token_mask(attention_mask: Any, token_mask: torch.Tensor | None, *, length: int) -> torch.Tensor | None:

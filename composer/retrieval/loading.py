@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from composer.members import BASE_FOLDER, Member, Members
-from composer.model import Membership, replace_ffn
+from composer.membership import Membership
+from composer.model import replace_ffn
 from composer.retrieval.config import RetrieverConfig
 from composer.retrieval.engine import Engine
 from composer.retrieval.form import QUERY_KWARGS, RetrieverLock

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
-from composer.model import Membership
+from composer.membership import Membership
 from composer.optout import OptOut, allowed_experts, owner_names
 from composer.retrieval.config import RetrieverConfig
 from composer.retrieval.engine import Engine, LayerGate

@@ -14,7 +14,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 
-from composer.model import Membership
+from composer.membership import Membership
 from composer.optout import OptOut, owners_per_row
 from composer.retrieval.model import RECORDER, RetrieverEncoder
 from composer.retrieval.router import Decision

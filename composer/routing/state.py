@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers.cache_utils import Cache
 
 from experts.errors import OptOutError
 
-__all__ = ["RouterState", "RouterStateLayer"]
+__all__ = ["RouterState", "RouterStateLayer", "attach_state", "held_state"]
 
 
 class RouterState:
@@ -154,3 +155,20 @@ class RouterStateLayer:
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows at ``indices``."""
         self.state.map(indices)
+
+
+def held_state(cache: Cache) -> RouterState | None:
+    """Return the state that a cache carries; None where no composed model filled it."""
+    for layer in reversed(cache.layers):
+        if isinstance(layer, RouterStateLayer):
+            return layer.state
+    return None
+
+
+def attach_state(cache: Cache, state: RouterState) -> None:
+    """Put the state behind the attention layers, once they all exist."""
+    if held_state(cache) is None:
+        first = cache.layers[0] if cache.layers else None
+        # mask functions look for the first layer of a kind: never let that be this one
+        sliding, static = (bool(getattr(first, name, False)) for name in ("is_sliding", "is_compileable"))
+        cache.layers.append(RouterStateLayer(state, is_sliding=sliding, is_compileable=static))
