@@ -83,7 +83,8 @@ class DomainJob(JobSettings):
     """The public anchor: a base's name in the registry, or the path of a checkpoint folder."""
     kind: str = "lora"
     """``lora``: low-rank matrices on the FFN linears; ``ffn``: the FFN matrices themselves; ``dense``: the whole model;
-    ``retriever``: low-rank matrices on the query side of an embedding model; or a plug-in's name."""
+    ``retriever``: low-rank matrices on the query side of an embedding model, or a whole query encoder; or a plug-in's
+    name."""
     layers: str | tuple[Annotated[int, Field(ge=0, strict=True)], ...] = "upper-half"
     """``all``, ``upper-half``, ranges such as ``15-29`` or ``3,7-9``, or a list. Everything below the first of
     them is run once and kept, so high layers train faster. Of a whole model all are trained."""
@@ -113,7 +114,7 @@ class DomainJob(JobSettings):
     """Steps of the optimiser."""
     learning_rate: Number | None = Field(default=None, gt=0)
     """Peak rate; by default the trainer's own (2e-3 for ``lora``, 1e-4 for ``ffn``, 5e-5 for ``dense``, 1e-3 for
-    ``retriever``)."""
+    ``retriever``, 5e-5 for one of ``form: full``)."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     """After the warm-up: a cosine to a tenth of the peak, constant, or a straight line to nothing."""
     weight_decay: Number = Field(default=0.0, ge=0)

@@ -52,7 +52,8 @@ def card_settings(job: DomainJob) -> dict[str, str | int | float | bool | None]:
 
 
 def _of_retriever(job: DomainJob, retrieval: RetrievalSettings) -> dict[str, str | int | float | bool | None]:
-    shared = ("rank", "alpha", "batch_size", "schedule", "weight_decay", "warmup", "grad_clip", "seed")
+    low_rank = ("rank", "alpha") if retrieval.form == "adapter" else ()
+    shared = (*low_rank, "batch_size", "schedule", "weight_decay", "warmup", "grad_clip", "seed")
     own = retrieval.model_dump(exclude={"targets", "encode_batch"})
     return {
         **{name: getattr(job, name) for name in shared},

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.train.job_settings import NoiseSettings
-from pipelines.train.retrieval_settings import LANGUAGE_FIELDS
+from pipelines.train.retrieval_settings import LANGUAGE_FIELDS, RETRIEVER
 
 if TYPE_CHECKING:
     from pipelines.train.job import DomainJob
@@ -68,11 +68,24 @@ def _retrieval_problems(job: DomainJob) -> list[str]:
     idle = [name for name in LANGUAGE_FIELDS if getattr(job, name) != fields[name].default]
     problems = [f"{', '.join(idle)}: not for retrievers; leave them out"] if idle else []
     problems += _query_noise_problems(job)
+    problems += _full_form_problems(job)
     if job.device not in ("auto", "cpu"):
         problems.append("device: retrievers are trained on the CPU; leave it out")
     if isinstance(job.held_out, Path):
         problems.append("held_out must be a share for retrievers")
     return problems
+
+
+def _full_form_problems(job: DomainJob) -> list[str]:
+    """Return what says something about matrices of low rank where none are trained."""
+    settings = job.retrieval
+    if settings is None or settings.form != "full":
+        return []
+    if job.preset is not None:
+        return ["retrieval.form: what was published trains an adapter; leave preset or form out"]
+    idle = [name for name in ("rank", "alpha") if getattr(job, name) != RETRIEVER[name]]
+    idle += [f"retrieval.{name}" for name in ("targets", "dropout") if getattr(settings, name)]
+    return [f"{', '.join(idle)}: not for `form: full`; leave them out"] if idle else []
 
 
 def _query_noise_problems(job: DomainJob) -> list[str]:

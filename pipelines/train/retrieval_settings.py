@@ -31,6 +31,9 @@ class RetrievalSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    form: Literal["adapter", "full"] = "adapter"
+    """What is trained and published: low-rank matrices beside the chosen linears, or every weight of the chosen layers,
+    as a whole query encoder of the base's size. Documents stay the base's either way."""
     pairs: Literal["auto", "title", "first-sentence"] = "auto"
     """What asks for a document where the owner has no queries: its ``title``, or its first sentence, which is taken out
     of it. ``auto``: the title where there is one."""
@@ -73,6 +76,9 @@ RETRIEVER: Mapping[str, Any] = {
 }
 """A retriever's own defaults."""
 
+FULL_RATE = 5e-5
+"""Peak rate of whole query encoders where the job names none."""
+
 PAPER_RETRIEVER: Mapping[str, Any] = {
     **RETRIEVER,
     "layers": "all",
@@ -113,6 +119,8 @@ def with_retriever_defaults(data: Mapping[str, Any]) -> dict[str, Any]:
     steps = data.get("steps", named["steps"])
     if paper and type(steps) is int:
         named["warmup"] = max(1, steps // 10)
+    if isinstance(given, Mapping) and given.get("form") == "full":
+        named["learning_rate"] = FULL_RATE
     return {**named, **data, "retrieval": named["retrieval"] if isinstance(given, Mapping) else given}
 
 

@@ -1,4 +1,4 @@
-"""Training of a retriever's adapters with the trainer of sentence-transformers, on states and vectors made before.
+"""Training of a retriever with the trainer of sentence-transformers, on states and vectors made before.
 
 The loss is the cross-entropy of a query against documents whose vectors are constants: ``CE(q . D / temperature)``
 (RouterRetriever, arXiv 2409.02685, with the whole domain in the place of a batch). Knows tensors and a plan of steps;
@@ -40,14 +40,14 @@ class StoredQueries(InputModule):  # type: ignore[misc]
     """Stands in for the encoder: a "text" is the number of a query, whose states go through the upper layers only.
 
     Args:
-        base: The embedding model; its upper layers hold the adapters.
+        base: The embedding model; its upper layers hold what is trained.
         states: Of all queries.
-        adapters: What is trained.
+        trained: What is trained.
     """
 
-    def __init__(self, base: RetrievalBase, states: QueryStates, adapters: Sequence[nn.Module]) -> None:
+    def __init__(self, base: RetrievalBase, states: QueryStates, trained: Sequence[nn.Module]) -> None:
         super().__init__()
-        self.adapters = nn.ModuleList(adapters)
+        self.trained = nn.ModuleList(trained)
         object.__setattr__(self, "_base", base)  # frozen: no part of what is trained, moved or saved
         self._states = states
 
@@ -64,7 +64,7 @@ class StoredQueries(InputModule):  # type: ignore[misc]
         return {**features, "token_embeddings": base.upper(states, mask), "attention_mask": mask}
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
-        """Nothing: adapters are written by their own trainer."""
+        """Nothing: what is trained is written in its own form."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,7 +245,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
 def train_queries(
     base: RetrievalBase,
     states: QueryStates,
-    adapters: Sequence[nn.Module],
+    trained: Sequence[nn.Module],
     *,
     loss_of: Callable[[nn.Module], RankingLoss],
     pairs: PairTable,
@@ -259,9 +259,9 @@ def train_queries(
     """Run the steps that are left.
 
     Args:
-        base: The embedding model with the adapters attached.
-        states: Of the queries, entering the first layer with adapters.
-        adapters: Modules whose trainable parameters are trained.
+        base: The embedding model with what is trained attached.
+        states: Of the queries, entering the first trained layer.
+        trained: Modules whose trainable parameters are trained.
         loss_of: Makes the loss of a model.
         pairs: What is asked.
         plan: ``(steps, batch)``: numbers of pairs.
@@ -276,11 +276,11 @@ def train_queries(
         KeyboardInterrupt: Passed on, after a checkpoint.
     """
     model = SentenceTransformer(
-        modules=[StoredQueries(base, states, adapters), *list(base.model)[1:]], device="cpu"
+        modules=[StoredQueries(base, states, trained), *list(base.model)[1:]], device="cpu"
     )
-    parameters = [p for module in adapters for p in module.parameters() if p.requires_grad]
+    parameters = [p for module in trained for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameters, lr=settings.learning_rate, betas=(0.9, 0.999), weight_decay=settings.weight_decay
+        _groups(parameters, weight_decay=settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.999)
     )
     loss = loss_of(model)
     watch = _Watch(parameters, optimizer, loss, settings=settings, checkpoint=checkpoint, on_step=on_step)
@@ -312,6 +312,14 @@ def train_queries(
         resumed_from=watch.resumed,
         state=watch.state,
     )
+
+
+def _groups(parameters: Sequence[nn.Parameter], *, weight_decay: float) -> list[dict[str, Any]]:
+    """Let matrices decay, and no bias or norm."""
+    matrices = [parameter for parameter in parameters if parameter.dim() > 1]
+    others = [parameter for parameter in parameters if parameter.dim() < 2]
+    groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": weight_decay}]
+    return groups + ([{"params": others, "weight_decay": 0.0}] if others else [])
 
 
 def _arguments(

@@ -1,4 +1,4 @@
-"""One retriever in the making: documents embedded once, adapters on the query side, measures, what is published.
+"""One retriever in the making: documents embedded once, the query side trained, measures, what is published.
 
 Knows the job, the base and the pairs; knows nothing of processes or reports.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 from experts.errors import ManifestError
 from experts.files import write_atomic
-from experts.names import unknown_name
 from experts.retrieval_artifacts import RetrievalArtifacts
 from experts.routing_artifacts import RoutingArtifacts, RoutingInfo
 from pipelines.retrieval.metrics import ndcg, rank
@@ -29,15 +28,12 @@ from pipelines.train.loop import LoopResult, LoopSettings, alike, plan_batches
 from pipelines.train.pairs import DomainSplit, read_domain, split_domain
 from pipelines.train.query_encoder import QueryStates, RetrievalBase, mean_state
 from pipelines.train.retrieval_sums import check_query_noise, query_artifacts
+from pipelines.train.retriever_forms import make_form
 from pipelines.train.retriever_loop import PairTable, RankingLoss, train_queries
-from pipelines.train.trainers.base import TrainableLinear, WriteContext
 from pipelines.train.trainers.retriever import RetrieverTrainer
 
 __all__ = ["RetrieverRun"]
 
-_TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_DEFAULT_TARGETS = ("query", "value", "intermediate.dense", "attn.q", "attn.v")
-"""Query, value and the FFN's first linear, as BERT's and MPNet's families call them."""
 _DEPTH = 10
 _RANKED = 50
 
@@ -61,10 +57,8 @@ class RetrieverRun:
         assert isinstance(test, float)
         self.split: DomainSplit = split_domain(self.domain, test=test, label=self.settings.label)
         self.model = RetrievalBase(base.folder, description=base.description, first=self.layers[0])
-        self.trainer = RetrieverTrainer(rank=job.rank, alpha=job.alpha or float(job.rank))
-        self.trainer.dropout = self.settings.dropout
+        self.form = make_form(job, base)
         self.spec = self.model.spec
-        self._targets = self._chosen_targets()
         self._order = [*self.split.train, *self.split.label, *self.split.test]
         self._row = {query: row for row, query in enumerate(self._order)}
         self._states = QueryStates(base.description.hidden_size)
@@ -72,24 +66,8 @@ class RetrieverRun:
         self._mean_states: list[Tensor] = []
         self._mean_tokens: list[Tensor] = []
         self._documents = torch.empty(0)
-        self._linears: dict[str, TrainableLinear] = {}
+        self._trained: Sequence[torch.nn.Module] = ()
         check_query_noise(job, self.spec)
-
-    def _chosen_targets(self) -> dict[str, list[str]]:
-        """Each target to the linears of the job's layers that it names."""
-        linears = [
-            name
-            for name in self.base.description.layer_linears()
-            if self.base.description.layer_of(name) in self.layers
-        ]
-        wanted = self.settings.targets or _DEFAULT_TARGETS
-        found = {target: [name for name in linears if name.endswith(f".{target}")] for target in wanted}
-        missing = [target for target, names in found.items() if not names]
-        if missing and (self.settings.targets or len(missing) == len(found)):
-            prefix = f"{self.base.description.layers_prefix}.{self.layers[0]}."
-            known = [name.removeprefix(prefix) for name in linears if name.startswith(prefix)]
-            raise unknown_name("target", missing[0], known)
-        return {target: names for target, names in found.items() if names}
 
     @property
     def documents(self) -> int:
@@ -148,16 +126,11 @@ class RetrieverRun:
         return self._ndcg(lambda rows: torch.stack([self._embeddings[row] for row in rows]))
 
     def attach(self) -> None:
-        """Put the trainable linears into the encoder."""
-        generator = torch.Generator().manual_seed(self.job.seed)
-        for name in sorted({name for names in self._targets.values() for name in names}):
-            linear = self.model.encoder.get_submodule(name)
-            assert isinstance(linear, torch.nn.Linear)
-            self._linears[name] = self.trainer.wrap(linear, generator=generator)
-            self.model.encoder.set_submodule(name, self._linears[name])
+        """Put what is trained into the encoder."""
+        self._trained = self.form.attach(self.model)
 
     def train(self, *, checkpoint: Path, on_step: Callable[[int, float, float], None]) -> LoopResult:
-        """Train the adapters; see `pipelines.train.retriever_loop.train_queries`."""
+        """Train; see `pipelines.train.retriever_loop.train_queries`."""
         job, settings = self.job, self.settings
         pairs = self._pairs()
         documents = self._documents[torch.tensor(self.split.negatives)]
@@ -176,7 +149,7 @@ class RetrieverRun:
             return train_queries(
                 self.model,
                 self._states,
-                list(self._linears.values()),
+                self._trained,
                 loss_of=lambda model: RankingLoss(
                     model,
                     documents,
@@ -200,7 +173,7 @@ class RetrieverRun:
         job = self.job
         return LoopSettings(
             steps=job.steps,
-            learning_rate=job.learning_rate or self.trainer.default_learning_rate,
+            learning_rate=job.learning_rate or RetrieverTrainer.default_learning_rate,
             weight_decay=job.weight_decay,
             warmup=job.warmup,
             grad_clip=job.grad_clip,
@@ -243,9 +216,9 @@ class RetrieverRun:
 
     @torch.no_grad()
     def held_out_ndcg(self) -> float | None:
-        """nDCG@10 with the adapters as they are now; None without held-out queries."""
-        for linear in self._linears.values():
-            linear.eval()
+        """nDCG@10 of the expert as it is now; None without held-out queries."""
+        for module in self._trained:
+            module.eval()
         return self._ndcg(self._embed)
 
     def _embed(self, rows: list[int]) -> Tensor:
@@ -270,15 +243,8 @@ class RetrieverRun:
         return float(np.mean(scores))
 
     def write(self, folder: Path) -> RoutingInfo | None:
-        """Write the adapter and its routing artefacts into an empty folder."""
-        context = WriteContext(
-            base_name=self.base.ref.name,
-            layers_prefix=self.base.description.layers_prefix,
-            layers=self.layers,
-            dtype=_TORCH_DTYPES[self.base.description.dtype],
-            targets=tuple(self._targets),
-        )
-        self.trainer.write(folder, self._linears, context=context)
+        """Write the expert and its routing artefacts into an empty folder."""
+        self.form.write(folder)
         artifacts = self.artifacts()
         if artifacts is None:
             return None
