@@ -5,7 +5,7 @@ Knows how to turn records and cards into rows and blocks; storage and checks are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -32,7 +32,7 @@ from pipelines.cli.output import (
 
 if TYPE_CHECKING:
     from experts.card import ExpertCard
-    from registry import ExpertRecord, FileCheck
+    from registry import ExpertRecord, FileCheck, Registry
 
 __all__ = ["list_experts", "record_row", "show", "verify"]
 
@@ -124,16 +124,34 @@ def show(
     store = open_registry(context, registry)
     record = store.expert(expert)
     card = store.card(record)
+    parents = _parents(store, card)
     if as_json:
-        print_json({**record_row(record), "card": card.model_dump(mode="json")})
+        row = {**record_row(record), "parent_owners": list(parents)}
+        print_json({**row, "card": card.model_dump(mode="json")})
         return
-    print_fields(_card_fields(record, card))
+    out = {entry.owner for entry in store.opt_outs()}
+    print_fields(_card_fields(record, card, parents=parents, out=out))
 
 
-def _card_fields(record: ExpertRecord, card: ExpertCard) -> dict[str, object]:
+def _parents(store: Registry, card: ExpertCard) -> tuple[str, ...]:
+    """Return the other owners of what the expert was made from; a registry that lacks them is told of, and shown."""
+    from experts.errors import RegistryError
+
+    try:
+        return store.parent_owners(card)
+    except RegistryError as error:
+        note(f"Note: {error}")
+        return ()
+
+
+def _card_fields(
+    record: ExpertRecord, card: ExpertCard, *, parents: Sequence[str], out: Collection[str]
+) -> dict[str, object]:
+    marked = {owner: owner + (" (opted out)" if owner in out else "") for owner in (record.owner, *parents)}
     return {
         "expert": f"{record.name}@{record.version}",
-        "owner": record.owner + (" (opted out)" if record.opted_out else ""),
+        "owner": marked[record.owner],
+        "made from experts of": [marked[owner] for owner in parents] or None,
         "domain": record.domain,
         "description": card.description or None,
         "license": record.license,

@@ -189,3 +189,16 @@ def test_requests_leave_descendants_out_too(compose: Any, pico: Any, owner: str,
         made = load(compose("bob/made", "zoe/low"))
         alone = _logits(load(compose("zoe/low")), pico)
         torch.testing.assert_close(_logits(made, pico, opt_out={"acme"}), alone, atol=1e-5, rtol=0)
+
+
+def test_show_names_everybody_whose_leaving_takes_it_along(registry: Registry) -> None:
+    from typer.testing import CliRunner
+
+    from pipelines.cli.app import app
+
+    registry.opt_out("acme", reason="left")
+    result = CliRunner().invoke(app, ["--registry", str(registry.path), "show", "yan/again"])
+    lines = [line.split(":", 1) for line in result.stdout.splitlines() if ":" in line]
+    shown = {name.strip(): value.strip() for name, value in lines}
+    assert (result.exit_code, shown["owner"]) == (0, "yan")
+    assert shown["made from experts of"] == "acme (opted out), bob"
