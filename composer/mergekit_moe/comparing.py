@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from composer.export.tensors import Slice
 from composer.mergekit_moe.accounting import PlannedSource, ffn_tensors
 from composer.mergekit_moe.families import Family
-from composer.mergekit_moe.manifest import MoEManifest
 from composer.mergekit_moe.sources import SourceModel, Sources
 from experts.same_architecture import decisive
 
@@ -69,15 +68,22 @@ def _width_problems(model: SourceModel) -> list[str]:
 
 
 def plan_warnings(
-    manifest: MoEManifest,
     family: Family,
     base: SourceModel,
     experts: Sequence[PlannedSource],
     shared: PlannedSource | None,
     sources: Sources,
+    *,
+    gated: bool,
 ) -> list[str]:
     """Return what is allowed and yet may not be what the builder meant."""
     found = []
+    if shared is not None and family.automatic and not gated:
+        found.append(
+            f"the shared expert {shared.model.ref} has no prompts, so nothing gates it: the row of its gate is of "
+            "zeros and its down projections are doubled, which counts its answer in full. For a gate give it "
+            "positive_prompts, or write `architecture: qwen` with a random gate_mode."
+        )
     if not family.automatic:
         found.append(
             "transformers has no class for DeepSeek-MoE of this form: the checkpoint loads only with its authors' "

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from composer.mergekit_moe.manifest import MoEExpert
+from composer.mergekit_moe.manifest import PROMPTED, MoEExpert
 from composer.mergekit_moe.matrices import read_rows
 from experts.errors import DataError
 
@@ -37,7 +37,7 @@ class Gates:
     """Router rows.
 
     Attributes:
-        rows: ``(layers, experts, d)``, the shared expert's last where it has one.
+        rows: ``(layers, experts, d)``, after the routed experts' the shared one's, where there is one.
         experts: Number of routed experts.
         warnings: What the rows give reason to warn of.
     """
@@ -62,9 +62,13 @@ def make_gates(plan: MoEPlan) -> Gates:
         DataError: A prompt has no tokens.
     """
     manifest = plan.manifest
-    experts = [*manifest.experts, *([manifest.shared] if plan.gated and manifest.shared else [])]
-    rows = _drawn(plan, len(experts)) if manifest.gate_mode.endswith("random") else _asked(plan, experts)
-    return Gates(rows=rows, experts=len(manifest.experts), warnings=tuple(_warnings(rows)))
+    shared = [] if manifest.shared is None else [manifest.shared]
+    if manifest.gate_mode in PROMPTED:
+        rows = _asked(plan, [*manifest.experts, *(shared if plan.gated else [])])
+    else:  # one for the shared expert even where nothing reads it: the rows drawn after it depend on that
+        rows = _drawn(plan, len(manifest.experts) + len(shared))
+    read = rows[:, : len(manifest.experts) + plan.gated]
+    return Gates(rows=rows, experts=len(manifest.experts), warnings=tuple(_warnings(read)))
 
 
 def _drawn(plan: MoEPlan, count: int) -> Tensor:

@@ -180,29 +180,34 @@ def plan_moe(
         )
     if problems or family is None:
         raise PlanError(f"This mixture of {base.ref} cannot be written:", problems=capped(problems))
+    gated = _gated(manifest, family, base)
     return MoEPlan(
         manifest=manifest,
         family=family,
         base=base,
         experts=experts,
         shared=shared,
-        gated=_gated(manifest, family),
+        gated=gated,
         layout=layout,
         dtype=manifest.storage_dtype or _declared(base),
         width=max(widths[-1], 0 if shared is None or family.needs_biases else shared.width),
         seed=seed,
         dropped=tuple(account.dropped),
-        warnings=tuple(plan_warnings(manifest, family, base, experts, shared, sources)),
+        warnings=tuple(plan_warnings(family, base, experts, shared, sources, gated=gated)),
     )
 
 
-def _gated(manifest: MoEManifest, family: Family) -> bool:
-    """Say whether the shared expert has a gate of its own: from prompts, or drawn where the class is asked for."""
+def _gated(manifest: MoEManifest, family: Family, base: SourceModel) -> bool:
+    """Say whether the shared expert has a gate of its own: from prompts, or drawn with the routed experts' rows.
+
+    Drawn where mergekit would take Qwen's class too: it is asked for, or the base is a Qwen2. For any other base
+    mergekit takes DeepSeek's, whose shared expert is not gated.
+    """
     if manifest.shared is None or not family.needs_biases:
         return False
-    if manifest.gate_mode in PROMPTED or not manifest.architecture:
-        return bool(manifest.shared.positive_prompts)
-    return True
+    if manifest.shared.positive_prompts:
+        return True
+    return manifest.gate_mode not in PROMPTED and (bool(manifest.architecture) or base.family == "qwen2")
 
 
 def _declared(base: SourceModel) -> str | None:

@@ -54,10 +54,55 @@ def test_shared_expert_behind_a_gate(
     assert_same(built(config), oracle(config))
 
 
-def test_shared_expert_of_deepseek(config_of: Any, oracle: Any, built: Any) -> None:
-    config = config_of(architecture="deepseek moe")
+SHARED: dict[str, tuple[str, str, str | None, list[str] | None]] = {
+    # mergekit takes Qwen's class, and so draws a gate: it is asked for, or the base is a Qwen2
+    "qwen2 random without prompts": ("qwen2", "random", None, None),
+    "qwen2 random without prompts, named": ("qwen2", "random", "qwen", None),
+    "llama random without prompts, named": ("llama", "random", "qwen", None),
+    "qwen2 random": ("qwen2", "random", None, ["any"]),
+    "qwen2 uniform_random": ("qwen2", "uniform_random", None, ["any"]),
+    "qwen2 hidden": ("qwen2", "hidden", None, ["any"]),
+    "qwen2 hidden_avg": ("qwen2", "hidden_avg", None, ["any", "x y z"]),
+    "qwen2 hidden_last, named": ("qwen2", "hidden_last", "qwen moe", ["any"]),
+    "qwen2 cheap_embed": ("qwen2", "cheap_embed", None, ["any"]),
+    "llama random": ("llama", "random", None, ["any"]),
+    # DeepSeek's shared expert is not gated, yet mergekit draws a row for it between those of two layers
+    "deepseek random": ("mistral", "random", "deepseek", None),
+    "deepseek uniform_random": ("llama", "uniform_random", "deepseek", None),
+    "deepseek hidden": ("llama", "hidden", "deepseek moe", None),
+}
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_shared_expert(case: str, config_of: Any, oracle: Any, built: Any) -> None:
+    family, mode, architecture, prompts = SHARED[case]
+    config = config_of(family, gate_mode=mode, architecture=architecture)
+    config["shared_experts"] = [{"source_model": config["base_model"], "positive_prompts": prompts}]
+    assert_same(built(config, seed=5), oracle(config, seed=5))
+
+
+@pytest.mark.parametrize("mode", ["random", "uniform_random", "hidden"])
+def test_shared_expert_without_a_gate_is_deepseeks(
+    mode: str, config_of: Any, oracle: Any, built: Any
+) -> None:
+    """mergekit takes DeepSeek's class, which none of transformers loads; Qwen2-MoE holds the same tensors.
+
+    The sigmoid of a gate of zeros is 1/2, so the down projection of the shared expert stands there twice.
+    """
+    config = config_of(gate_mode=mode)
     config["shared_experts"] = [{"source_model": config["base_model"]}]
-    assert_same(built(config), oracle(config))
+    ours, theirs = built(config, seed=5), oracle(config, seed=5)
+    renamed = {}
+    for name, tensor in theirs.items():
+        twice = 2 if name.endswith("shared_experts.down_proj.weight") else 1
+        renamed[name.replace("shared_experts", "shared_expert")] = tensor * twice
+    zeros = {name: ours.pop(name) for name in set(ours) - set(renamed)}
+    assert_same(ours, renamed)
+    assert not any(tensor.any() for tensor in zeros.values())
+    assert {name.rpartition(".layers.")[2][2:] for name in zeros} == {
+        "mlp.shared_expert_gate.weight",
+        *(f"self_attn.{role}_proj.bias" for role in "qkv"),
+    }
 
 
 def test_noise_has_the_scale_that_is_asked_for(config_of: Any, oracle: Any, built: Any) -> None:

@@ -316,6 +316,22 @@ def test_deepseek_warns(config_of: Any) -> None:
     assert warning.startswith("transformers has no class for DeepSeek-MoE of this form")
 
 
+def test_a_shared_expert_that_counts_in_full_warns(config_of: Any) -> None:
+    config = config_of()
+    shared: dict[str, Any] = {"source_model": config["base_model"]}
+    config["shared_experts"] = [shared]
+    assert plan_moe(parse(config)).warnings == (
+        f"the shared expert {config['base_model']} has no prompts, so nothing gates it: the row of its gate is of "
+        "zeros and its down projections are doubled, which counts its answer in full. For a gate give it "
+        "positive_prompts, or write `architecture: qwen` with a random gate_mode.",
+    )
+    shared["positive_prompts"] = ["any"]
+    assert plan_moe(parse(config)).warnings == ()
+    del shared["positive_prompts"]
+    config |= {"architecture": "qwen", "gate_mode": "random"}
+    assert plan_moe(parse(config)).warnings == ()
+
+
 def test_missing_models(tmp_path: Path, config_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(gate_mode="random")
     config["experts"][0]["source_model"] = "./nowhere"
