@@ -362,7 +362,14 @@ class Pico:
         return normalize(torch.stack(means), dim=1).numpy()
 
     def pack_retriever(
-        self, raw: Path, *, name: str, artifacts: Any = None, version: int = 1, **embedder: Any
+        self,
+        raw: Path,
+        *,
+        name: str,
+        artifacts: Any = None,
+        version: int = 1,
+        derived_from: Sequence[str] = (),
+        **embedder: Any,
     ) -> Path:
         """Pack a raw retriever for publication; ``embedder`` chooses the base, see `embedder`."""
         from experts.card import BaseRef
@@ -392,6 +399,7 @@ class Pico:
             base=base,
             base_ref=ref,
             routing=routing,
+            derived_from=derived_from,
         )
         return package
 

@@ -268,7 +268,7 @@ def search(
         found = open_index(index, base=encoder.base)
         left_out = _left_out(opt_out or (), encoder, found, store)
         _note_length(query, encoder)
-        experts = left_out.intersection(encoder.owners)
+        experts = left_out.intersection(encoder.known)
         vectors, (route,) = encoder.routed([query], opt_out=experts)
     (hits,) = found.search(vectors, k=top_k, allow=owner_mask(found.owners, left_out))
     if as_json:
@@ -299,14 +299,15 @@ def _print_found(route: Route, hits: Sequence[Hit], left_out: Collection[str]) -
 
 
 def _left_out(opt_out: Collection[str], encoder: Encoder, index: Index, registry: Registry) -> set[str]:
-    """Check names against owners of experts and documents; add who has opted out in the registry."""
+    """Check names against owners of experts, their parents and documents; add who has opted out in the registry."""
     from experts.names import unknown_name
 
     revoked = {entry.owner for entry in registry.opt_outs()}
     documents = {owner for owner in index.owners if owner}
+    known = documents.union(encoder.known)
     for owner in opt_out:
-        if owner not in documents | set(encoder.owners) | revoked:
-            raise unknown_name("owner", owner, documents | set(encoder.owners))
+        if owner not in known | revoked:
+            raise unknown_name("owner", owner, known)
     for owner in sorted((revoked & documents) - set(opt_out)):
         note(f"Note: {owner} has opted out, so the owner's documents are left out.")
     return {*opt_out, *revoked}

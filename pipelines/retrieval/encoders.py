@@ -8,19 +8,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from composer.optout import owner_names
+from composer.optout import check_owners, owner_names
 from experts.errors import DataError
 from experts.names import unknown_name
 from pipelines.retrieval.collection import is_unicode
 from pipelines.retrieval.search import Vectors
 
 if TYPE_CHECKING:
+    from composer.membership import Membership
     from registry import Registry
 
 __all__ = ["Encoder", "Route", "base_digest", "open_encoder"]
@@ -53,6 +54,9 @@ class Encoder:
         dimension: Length of a vector.
         owners: Whose experts are in it, sorted; empty for a stock model.
         unit: Whether vectors have to be divided by their length, because texts are compared by their angle.
+        known: Whom a request may leave out, sorted: owners of experts and of those that experts were made from, whoever
+            was left out at load included; empty for a stock model.
+        whose: By expert that is in it, everybody whose leaving takes it along.
         composition: Digest of the composition that was loaded, those left out at load taken away; None: a stock model.
     """
 
@@ -61,7 +65,14 @@ class Encoder:
     dimension: int
     owners: tuple[str, ...]
     unit: bool
+    known: tuple[str, ...] = ()
+    whose: Mapping[str, frozenset[str]] = field(default_factory=dict)
     composition: str | None = None
+
+    @property
+    def involved(self) -> tuple[str, ...]:
+        """Everybody without whom fewer experts may answer, sorted."""
+        return tuple(sorted(frozenset[str]().union(*self.whose.values())))
 
     def documents(self, texts: Sequence[str], *, batch_size: int = 32) -> Vectors:
         """Encode documents, by the base alone; float32 ``(texts, dimension)``."""
@@ -75,6 +86,7 @@ class Encoder:
         Raises:
             DataError: A query is empty.
             OptOutError: ``opt_out`` is no collection of names.
+            UnknownNameError: ``opt_out`` names somebody who is not among `known`.
         """
         check_queries(texts)
         return self._vectors(
@@ -87,9 +99,11 @@ class Encoder:
         Raises:
             DataError: A query is empty.
             OptOutError: ``opt_out`` is no collection of names.
+            UnknownNameError: ``opt_out`` names somebody who is not among `known`.
         """
         if not self.owners:
-            return self.queries(texts), [Route(expert=None, owner=None, weights={"base": 1.0}) for _ in texts]
+            routes = [Route(expert=None, owner=None, weights={"base": 1.0}) for _ in texts]
+            return self.queries(texts, opt_out=opt_out), routes
         check_queries(texts)
         options = self._options(32) | {"output_value": None, "convert_to_numpy": False}
         found = self.model.encode_query(list(texts), **options, **self._left_out(opt_out))
@@ -108,8 +122,9 @@ class Encoder:
 
     def revision(self, *, opt_out: Collection[str] = ()) -> str:
         """Digest of everything that decides query vectors when owners are left out: base, router, experts, allowed."""
-        allowed = [self.composition or "", sorted(set(self.owners) - owner_names(opt_out))]
-        return hashlib.sha256(json.dumps([self.base, *allowed]).encode()).hexdigest()
+        left_out = owner_names(opt_out)
+        allowed = sorted(name for name, owners in self.whose.items() if left_out.isdisjoint(owners))
+        return hashlib.sha256(json.dumps([self.base, self.composition or "", allowed]).encode()).hexdigest()
 
     def tokens(self, text: str) -> int:
         """Count the tokens of a text, those beyond the longest input included."""
@@ -129,7 +144,7 @@ class Encoder:
         }
 
     def _left_out(self, opt_out: Collection[str]) -> dict[str, Any]:
-        names = owner_names(opt_out)
+        names = check_owners(opt_out, self.known)
         return {"opt_out": sorted(names)} if names else {}
 
     def _vectors(self, found: Any) -> Vectors:
@@ -200,29 +215,25 @@ def open_encoder(
 
     base = BaseDescription.from_folder(folder)
     model = SentenceTransformer(str(folder), device=device, local_files_only=True)
-    return _encoder(model, folder, fingerprint=base.fingerprint, embedding=base.embedding, owners=())
+    return _encoder(model, folder, fingerprint=base.fingerprint, embedding=base.embedding)
 
 
 def _composed(folder: Path, *, opt_out: Collection[str], registry: Registry | None, device: str) -> Encoder:
     import composer
-    from composer.lock import Lock
     from composer.members import BASE_FOLDER
     from experts.base import BaseDescription
 
     model: Any = composer.load(folder, opt_out=opt_out, registry=registry, device=device)
     if not hasattr(model, "encode_query"):
         raise DataError(f"{folder} holds a language model. Retrieval needs one of recipe router_retriever.")
-    lock = Lock.read(folder)
-    there = {owner for owners in model.membership.whose for owner in owners}
-    present = lock.without(set(lock.composed_owners) - there)
+    members: Membership = model.membership
     base = BaseDescription.from_folder(folder / BASE_FOLDER)
     return _encoder(
         model,
         folder / BASE_FOLDER,
         fingerprint=base.fingerprint,
         embedding=base.embedding,
-        owners=model.owners,
-        composition=present.membership_digest,
+        members=members,
     )
 
 
@@ -232,18 +243,25 @@ def _encoder(
     *,
     fingerprint: str,
     embedding: Any,
-    owners: tuple[str, ...],
-    composition: str | None = None,
+    members: Membership | None = None,
 ) -> Encoder:
     from experts.fingerprint import tokenizer_fingerprint
 
     if embedding is None:
         raise DataError(f"{folder} holds a language model. Retrieval needs an embedding model.")
-    return Encoder(
+    stock = Encoder(
         model=model.eval(),
         base=base_digest(fingerprint, tokenizer_fingerprint(folder), embedding.model_dump(mode="json")),
         dimension=embedding.dimension,
-        owners=owners,
+        owners=(),
         unit=embedding.similarity == "cosine" and not embedding.normalize,
-        composition=composition,
+    )
+    if members is None:
+        return stock
+    return replace(
+        stock,
+        owners=tuple(sorted(set(members.owners))),
+        known=tuple(sorted(members.known_owners)),
+        whose=dict(zip(members.experts, members.whose, strict=True)),
+        composition=members.digest,
     )

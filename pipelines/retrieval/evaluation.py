@@ -77,9 +77,12 @@ def leave_one_out(
     batch_size: int = 32,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, CollectionScore]]:
-    """Measure the whole (``composed``) and, in turn, without each owner (``without OWNER``)."""
-    sets = [(), *((owner,) for owner in encoder.owners)]
-    names = ["composed", *(f"without {owner}" for owner in encoder.owners)]
+    """Measure the whole (``composed``) and, in turn, without each owner (``without OWNER``).
+
+    Owners are also those from whose experts others were made, which leave with them.
+    """
+    sets = [(), *((owner,) for owner in encoder.involved)]
+    names = ["composed", *(f"without {owner}" for owner in encoder.involved)]
     return dict(
         zip(names, _arms(encoder, tests, sets, batch_size=batch_size, progress=progress), strict=True)
     )

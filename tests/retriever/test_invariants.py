@@ -3,7 +3,7 @@
 ====  ====================================================================  ============================================
 R1    documents are the base's bits, whatever experts, sets and training    test_encode, test_folder, test_full_encoder;
                                                                             train/test_retriever
-R2    left out in a request == built without, bit for bit; all out == base  test_optout, test_full_encoder
+R2    left out in a request == built without, bit for bit; all out == base  test_optout, test_descent, test_full_encoder
 R3    taken out, never in, turned round, put in again: equal bytes          test_folder, test_router, test_full_encoder;
                                                                             train/test_retrieval_scores
 R4    no byte of an owner is left                                           test_folder, test_full_encoder
