@@ -22,12 +22,13 @@ from pipelines.retrieval.index import (
     Mask,
     alone,
     check_added,
+    check_ids,
     check_unchanged,
     checked_rows,
     sweep,
 )
 from pipelines.retrieval.search import Hit, Vectors, check_queries
-from pipelines.retrieval.segment import SegmentInfo
+from pipelines.retrieval.segment import Listing, SegmentInfo, damaged, open_part
 
 __all__ = ["FaissIndex"]
 
@@ -40,6 +41,16 @@ def _faiss() -> Any:
             "This index needs faiss, which is not installed: pip install 'coterie[faiss]'."
         ) from None
     return faiss
+
+
+def _unpacked(packed: bytes) -> Any:
+    """Read a flat index; None if it is something else."""
+    faiss = _faiss()
+    try:
+        index = faiss.deserialize_index(np.frombuffer(packed, dtype=np.uint8))
+    except RuntimeError:
+        return None
+    return index if isinstance(index, faiss.IndexFlatIP) else None
 
 
 class FaissIndex:
@@ -60,15 +71,18 @@ class FaissIndex:
             self._read(info.segments[0])
 
     def _read(self, part: SegmentInfo) -> None:
-        data = (self.folder / f"{part.name}.json").read_bytes()
-        if hashlib.sha256(data).hexdigest() != part.ids_sha256:
-            raise DataError(f"{self.folder} is damaged: {part.name}.json is not what was written.")
-        listed = json.loads(data)
-        self.ids, self.owners = listed["ids"], listed["owners"]
-        packed = np.fromfile(self.folder / f"{part.name}.faiss", dtype=np.uint8)
-        if hashlib.sha256(packed.tobytes()).hexdigest() != listed["faiss_sha256"]:
-            raise DataError(f"{self.folder} is damaged: {part.name}.faiss is not what was written.")
-        self._index = _faiss().deserialize_index(packed)
+        listing = Listing.read(self.folder, part)
+        check_ids(self.folder, listing.ids)
+        self.ids, self.owners = listing.ids, listing.owners
+        name = f"{part.name}.faiss"
+        with open_part(self.folder / name) as stream:
+            packed = stream.read()
+        if hashlib.sha256(packed).hexdigest() != listing.faiss_sha256:
+            raise damaged(self.folder, f"{name} is not what was written")
+        self._index = _unpacked(packed)
+        shape = (len(self.ids), self.info.dimension)
+        if self._index is None or (self._index.ntotal, self._index.d) != shape:
+            raise damaged(self.folder, f"{name} is no flat index of {shape[0]} x {shape[1]} numbers")
 
     def __len__(self) -> int:
         return len(self.ids)

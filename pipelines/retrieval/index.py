@@ -9,21 +9,22 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from composer.optout import owner_names
 from experts.errors import DataError
 from experts.files import fsync_folder, write_atomic
 from experts.strict import load_json, validate
 from pipelines.retrieval.search import Hit, Vectors, search_exactly
-from pipelines.retrieval.segment import Segment, SegmentInfo
+from pipelines.retrieval.segment import Segment, SegmentInfo, damaged
 
 __all__ = [
     "DocumentIndex",
@@ -32,6 +33,7 @@ __all__ = [
     "Mask",
     "alone",
     "check_added",
+    "check_ids",
     "check_new",
     "check_there",
     "check_unchanged",
@@ -63,6 +65,17 @@ class IndexInfo(BaseModel):
     dimension: int = Field(gt=0, le=1 << 16)
     segments: tuple[SegmentInfo, ...] = ()
     """In the order in which documents were added."""
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        double = [name for name, count in Counter(part.name for part in self.segments).items() if count > 1]
+        if double:
+            raise ValueError(f"{double[0]} is named twice; index the documents again")
+        if self.backend == "faiss" and len(self.segments) > 1:
+            raise ValueError(
+                f"faiss keeps one segment, and {len(self.segments)} are named; index the documents again"
+            )
+        return self
 
 
 class Index(Protocol):
@@ -151,7 +164,7 @@ def open_index(folder: Path, *, base: str | None = None) -> Index:
     for _ in range(8):  # between reading the list and opening its files, a writer may have replaced both
         info = validate(
             IndexInfo,
-            load_json(folder / FILE, what=FILE, max_bytes=_MAX_INDEX, error=DataError),
+            load_json(folder / FILE, what=f"{folder / FILE}", max_bytes=_MAX_INDEX, error=DataError),
             what=f"{folder / FILE}",
             error=DataError,
         )
@@ -165,9 +178,7 @@ def open_index(folder: Path, *, base: str | None = None) -> Index:
             return _backend(info.backend)(folder, info)
         except FileNotFoundError as error:
             missing = error
-    raise DataError(
-        f"{folder} is damaged: {Path(missing.filename or '').name} is missing. Index the documents again."
-    )
+    raise damaged(folder, f"{Path(missing.filename or '').name} is missing")
 
 
 def _backend(name: str) -> Callable[[Path, IndexInfo], Index]:
@@ -193,6 +204,17 @@ def check_added(known: Collection[str], ids: Sequence[str], owners: Sequence[str
         raise DataError(
             f"{len(ids)} ids were given, and {len(ids) - len(set(ids))} of them twice. Ids are unique."
         )
+
+
+def check_ids(folder: Path, ids: Sequence[str]) -> None:
+    """Refuse files that say of two rows that they are the same document.
+
+    Raises:
+        DataError: An id is listed twice.
+    """
+    if len(set(ids)) != len(ids):
+        key = next(key for key, count in Counter(ids).items() if count > 1)
+        raise damaged(folder, f"it lists the document '{key}' twice")
 
 
 def checked_rows(
@@ -248,6 +270,7 @@ class DocumentIndex:
         self.info = info
         self._segments = [Segment.open(folder, part, dimension=info.dimension) for part in info.segments]
         self._refresh()
+        check_ids(folder, self.ids)
 
     def _refresh(self) -> None:
         self.ids: list[str] = [key for segment in self._segments for key in segment.ids]
@@ -360,7 +383,11 @@ def check_unchanged(folder: Path, info: IndexInfo) -> None:
         DataError: Another process changed the index.
     """
     path = folder / FILE
-    if path.exists() and json.loads(path.read_bytes()) != info.model_dump(mode="json"):
+    try:
+        same = not path.exists() or json.loads(path.read_bytes()) == info.model_dump(mode="json")
+    except ValueError:  # no JSON
+        same = False
+    if not same:
         raise DataError(f"Another process changed {folder} meanwhile. Nothing was written; do it again.")
 
 

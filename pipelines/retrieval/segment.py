@@ -5,6 +5,7 @@ Knows two files and how they are written durably; knows nothing of what is searc
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,13 +17,13 @@ from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from experts.errors import DataError
-from experts.files import write_atomic
+from experts.files import open_regular, write_atomic
 from experts.strict import load_json
 
-__all__ = ["Segment", "SegmentInfo"]
+__all__ = ["Listing", "Segment", "SegmentInfo", "damaged", "open_part"]
 
 _HEADER = 128
 """Bytes before the numbers; NumPy aligns its header to 64, and any shape fits."""
@@ -40,6 +41,62 @@ class SegmentInfo(BaseModel):
     """The files are NAME.npy and NAME.json."""
     documents: int = Field(gt=0)
     ids_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Listing(BaseModel):
+    """``NAME.json``: what the rows of a segment are."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    ids: list[str]
+    owners: list[str | None]
+    faiss_sha256: str | None = None
+    """Of ``NAME.faiss``, where faiss keeps the rows."""
+
+    @classmethod
+    def read(cls, folder: Path, info: SegmentInfo) -> Listing:
+        """Read a segment's listing.
+
+        Raises:
+            DataError: It is not what was written, or does not list what ``info`` says.
+            FileNotFoundError: It is missing.
+        """
+        name = f"{info.name}.json"
+        with open_part(folder / name) as stream:
+            data = stream.read()
+        if hashlib.sha256(data).hexdigest() != info.ids_sha256:
+            raise damaged(folder, f"{name} is not what was written")
+        listed = load_json(data, what=f"{folder / name}", max_bytes=_MAX_IDS, error=DataError)
+        try:
+            listing = cls.model_validate(listed)
+        except ValidationError:
+            raise damaged(folder, f"{name} is no list of ids and owners") from None
+        if not len(listing.ids) == len(listing.owners) == info.documents:
+            raise damaged(
+                folder,
+                f"{name} lists {len(listing.ids)} ids and {len(listing.owners)} owners of {info.documents} documents",
+            )
+        return listing
+
+
+def damaged(folder: Path, problem: str) -> DataError:
+    """Return the error for files that are not what was written."""
+    return DataError(f"{folder} is damaged: {problem}. Index the documents again.")
+
+
+def open_part(path: Path) -> BinaryIO:
+    """Open a file of a segment, which is never anything but a regular file.
+
+    Raises:
+        DataError: Something else stands there.
+        FileNotFoundError: Nothing does.
+    """
+    try:
+        return open_regular(path, follow_symlinks=True, error=DataError)
+    except DataError:
+        if not path.exists():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
+        raise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,21 +125,9 @@ class Segment:
             DataError: It is damaged.
             FileNotFoundError: A file of it is missing.
         """
-        data = (folder / f"{info.name}.json").read_bytes()
-        if hashlib.sha256(data).hexdigest() != info.ids_sha256:
-            raise DataError(f"{folder} is damaged: {info.name}.json is not what was written.")
-        listed = load_json(data, what=f"{info.name}.json", max_bytes=_MAX_IDS, error=DataError)
-        assert isinstance(listed, dict)
-        try:
-            rows = np.load(folder / f"{info.name}.npy", mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
-            raise DataError(f"{folder} is damaged: {info.name}.npy: {error}.") from None
-        if rows.shape != (info.documents, dimension) or rows.dtype != np.dtype("<f4"):
-            raise DataError(
-                f"{folder} is damaged: {info.name}.npy holds {rows.dtype} of shape {rows.shape}, and float32 of shape "
-                f"({info.documents}, {dimension}) was written."
-            )
-        return cls(folder=folder, info=info, ids=listed["ids"], owners=listed["owners"], rows=rows)
+        listing = Listing.read(folder, info)
+        rows = _map(folder, f"{info.name}.npy", (info.documents, dimension))
+        return cls(folder=folder, info=info, ids=listing.ids, owners=listing.owners, rows=rows)
 
     @classmethod
     def write(
@@ -110,7 +155,7 @@ class Segment:
         matrix = folder / f"{name}.npy"
         try:
             with matrix.open("xb") as stream:
-                _write_header(stream, (len(ids), dimension))
+                stream.write(_header((len(ids), dimension)))
                 for chunk in chunks:
                     stream.write(np.ascontiguousarray(chunk, dtype="<f4").data)
                 stream.flush()
@@ -156,8 +201,20 @@ def _delete(folder: Path, name: str) -> None:
         (folder / f"{name}.{end}").unlink(missing_ok=True)
 
 
-def _write_header(stream: BinaryIO, shape: tuple[int, int]) -> None:
+def _map(folder: Path, name: str, shape: tuple[int, int]) -> NDArray[np.float32]:
+    """Map a matrix that is exactly as `Segment.write` writes it; no reader of NumPy's looks at its first bytes."""
+    with open_part(folder / name) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size != _HEADER + 4 * shape[0] * shape[1] or stream.read(_HEADER) != _header(shape):
+            raise damaged(
+                folder,
+                f"{name} is not the matrix of {shape[0]} x {shape[1]} float32 numbers that was written",
+            )
+        return np.memmap(stream, dtype="<f4", mode="r", offset=_HEADER, shape=shape)
+
+
+def _header(shape: tuple[int, int]) -> bytes:
     """NumPy's format, version 1.0: magic, length of the description, the description, padding, a newline."""
     description = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".encode()
     length = _HEADER - 10
-    stream.write(b"\x93NUMPY\x01\x00" + length.to_bytes(2, "little") + description.ljust(length - 1) + b"\n")
+    return b"\x93NUMPY\x01\x00" + length.to_bytes(2, "little") + description.ljust(length - 1) + b"\n"

@@ -249,7 +249,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     matrix = next((tmp_path / "index").glob("*.npy"))
     data = matrix.read_bytes()
     matrix.write_bytes(data[:-8])
-    with pytest.raises(DataError, match=rf"is damaged: {matrix.name}: "):
+    with pytest.raises(DataError, match=rf"is damaged: {matrix.name} is not the matrix of 25 x 16 "):
         open_index(tmp_path / "index")
     matrix.unlink()
     with pytest.raises(
