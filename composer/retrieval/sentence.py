@@ -18,6 +18,7 @@ from composer.membership import Membership
 from composer.optout import OptOut, owners_per_row
 from composer.retrieval.model import RECORDER, RetrieverEncoder
 from composer.retrieval.router import Decision
+from experts.errors import OptOutError
 
 __all__ = ["Retriever", "RoutedTransformer"]
 
@@ -129,7 +130,8 @@ class Retriever(SentenceTransformer):  # type: ignore[misc]
                 ``route_margin``, ``route_confidence``.
 
         Raises:
-            OptOutError: Another number of collections than texts, a bare string, or an iterator.
+            OptOutError: Another number of collections than texts, a bare string, or an iterator; or there is one for
+                each text and an input is no string.
             UnknownNameError: An owner who is not in this composition.
         """
         if opt_out is not None:
@@ -143,11 +145,17 @@ class Retriever(SentenceTransformer):  # type: ignore[misc]
 
     def _with_sets(self, inputs: Any, opt_out: OptOut) -> tuple[Any, Collection[str] | None]:
         """Attach sets to texts where they differ; check the names here, before any text is tokenized."""
-        single = isinstance(inputs, str)
+        single = self.is_singular_input(inputs)
         texts = [inputs] if single else list(inputs)
         sets = owners_per_row(opt_out, batch=len(texts), known=self.membership.known_owners)
         if all(isinstance(entry, str) for entry in opt_out):
             return inputs, sorted(sets[0] if sets else ())
+        for number, text in enumerate(texts, start=1):
+            if not isinstance(text, str):
+                raise OptOutError(
+                    f"opt_out has one set of owners per row, which travels with its text, and input {number} is a "
+                    f"'{type(text).__name__}'. Give strings, or call encode_query once for each set."
+                )
         marked = [_Text(text, owners) for text, owners in zip(texts, sets, strict=True)]
         return (marked[0] if single else marked), None
 

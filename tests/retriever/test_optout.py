@@ -182,6 +182,43 @@ def test_r6_mistakes_are_named(retrievers: Any, texts: list[str]) -> None:
         retrievers.stock().encode_query(texts, opt_out={"acme"})
 
 
+def _asked(retrievers: Any, inputs: Any, opt_out: Any) -> Any:
+    return retrievers.model().encode_query(inputs, opt_out=opt_out)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda text: {"text": text}, lambda text: (text, "duba hugo"), lambda text: [text, "duba hugo"]],
+    ids=["dict", "tuple", "list"],
+)
+def test_r7_a_set_travels_with_a_string_only(retrievers: Any, texts: list[str], wrap: Any) -> None:
+    """What sentence-transformers reads besides strings has the whole batch's set, or none: never another text."""
+    inputs = [wrap(text) for text in texts]
+    sets = [SETS[i % 4] for i in range(len(texts))]
+    kind = type(inputs[0]).__name__
+    said = (
+        f"opt_out has one set of owners per row, which travels with its text, and input 2 is a '{kind}'. Give strings, "
+        "or call encode_query once for each set."
+    )
+    for given, opt_out in (([texts[0], *inputs[1:]], sets), ([texts[0], inputs[1]], [set(), set()])):
+        with pytest.raises(OptOutError) as caught:
+            _asked(retrievers, given, opt_out)
+        assert str(caught.value) == said
+    never = retrievers.model([e for e in retrievers.experts if not e.startswith("acme/")])
+    assert np.array_equal(_asked(retrievers, inputs, {"acme"}), never.encode_query(inputs))
+
+
+def test_r7_a_single_input_is_one_row(retrievers: Any, texts: list[str]) -> None:
+    never = retrievers.model([e for e in retrievers.experts if not e.startswith("acme/")])
+    text = texts[0]
+    assert np.array_equal(_asked(retrievers, text, [{"acme"}]), never.encode_query(text))
+    assert np.array_equal(_asked(retrievers, {"text": text}, {"acme"}), never.encode_query(text))
+    array = np.array(texts)
+    assert np.array_equal(_asked(retrievers, array, [{"acme"}] * len(texts)), never.encode_query(texts))
+    with pytest.raises(OptOutError, match=r"travels with its text, and input 1 is a 'dict'\. Give strings"):
+        _asked(retrievers, {"text": text}, [{"acme"}])
+
+
 @pytest.mark.parametrize(
     "router",
     [
