@@ -13,6 +13,7 @@ from composer.export.tensors import FLOATS, Slice, floats
 from composer.mergekit_moe.families import Family
 from composer.mergekit_moe.manifest import MoEExpert
 from composer.mergekit_moe.sources import SourceModel
+from experts.errors import AdmissionError
 
 __all__ = ["Account", "Dropped", "PlannedSource", "ffn_tensors", "trunk_names", "trunk_parts"]
 
@@ -56,6 +57,9 @@ class Account:
         self.base = base
         self.models = list({id(e.model): e.model for e in [*experts, *([shared] if shared else [])]}.values())
         self.dropped: list[Dropped] = []
+        ffn = {n for layer in range(base.description.num_layers) for n in ffn_tensors(base, layer)}
+        self.trunk = trunk_names(base, ffn)
+        """The base's tensors beside its FFNs, by their names in its files."""
 
     def problems(self, family: Family) -> list[str]:
         """Fill ``dropped``; return what can neither be used nor dropped."""
@@ -69,7 +73,7 @@ class Account:
         ffn = {n for layer in range(base.description.num_layers) for n in ffn_tensors(base, layer)}
         if base not in self.models:
             self._drop(base, sorted(ffn), "FFNs of the base, in whose place experts stand")
-        names = trunk_names(base, ffn)
+        names = self.trunk
         buffers = [name for name in names if name.endswith((".inv_freq", ".attention.bias", ".masked_bias"))]
         self._drop(base, buffers, "a buffer that is computed anew")
         misfits = [name for name in names if name not in buffers and family.misfits(trunk_parts(base, name))]
@@ -142,5 +146,8 @@ def trunk_parts(base: SourceModel, name: str) -> dict[str, tuple[int, int] | Non
     query, key = heads * width, int(config.get("num_key_value_heads") or heads) * width
     stem = name.removesuffix("qkv_proj.weight")
     edges = [0, query, query + key, query + 2 * key]
-    assert edges[-1] == base.tensors[name].shape[0], name
+    if edges[-1] != base.tensors[name].shape[0]:
+        raise AdmissionError(
+            f"{base.ref}: {name} has {base.tensors[name].shape[0]} rows, its config.json says {edges[-1]}."
+        )
     return {f"{stem}{role}_proj.weight": (edges[n], edges[n + 1]) for n, role in enumerate("qkv")}

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from composer.export.tensors import Slice
 from composer.mergekit_moe.accounting import PlannedSource, ffn_tensors
+from composer.mergekit_moe.completeness import ffn_problems
 from composer.mergekit_moe.families import Family
 from composer.mergekit_moe.sources import SourceModel, Sources
 from experts.same_architecture import decisive
@@ -50,6 +51,7 @@ def source_problems(base: SourceModel, others: Sequence[PlannedSource]) -> list[
                     "must be fine-tuned from one architecture"
                 )
         problems += _width_problems(other.model)
+    problems += [problem for model in (base, *(o.model for o in others)) for problem in ffn_problems(model)]
     return list(dict.fromkeys(problems))
 
 

@@ -63,6 +63,9 @@ class Family:
         automatic: Whether it is chosen without being asked for.
         fused: Whether mergekit writes all experts of a layer in one tensor.
         needs_biases: Whether attention biases that a base has not are written as zeros.
+        biases: Projections of attention, by their letters, that have biases where ``attention_bias`` is set.
+        norms: Norms of a layer.
+        head_norms: Norms of queries and keys: one for every head alike, one over all heads, or none.
     """
 
     name: ClassVar[str]
@@ -71,6 +74,9 @@ class Family:
     automatic: ClassVar[bool] = True
     fused: ClassVar[bool] = True
     needs_biases: ClassVar[bool] = False
+    biases: ClassVar[str] = ""
+    norms: ClassVar[tuple[str, ...]] = ("input_layernorm", "post_attention_layernorm")
+    head_norms: ClassVar[Literal["each", "all"] | None] = None
 
     @property
     def families(self) -> tuple[str, ...]:
@@ -165,6 +171,7 @@ class Qwen2Moe(Family):
     shared = True
     fused = False
     needs_biases = True
+    biases = "qkv"
 
     def settings(
         self, base: Any, *, num_experts: int, top_k: int, width: int, shared_width: int
@@ -191,6 +198,8 @@ class Qwen3Moe(Family):
 
     name = "Qwen3 MoE"
     target = Qwen3MoeTarget()
+    biases = "qkvo"
+    head_norms = "each"
 
 
 @final
@@ -200,6 +209,9 @@ class FlexOlmo(Family):
     name = "FlexOlmo"
     target = FlexOlmoTarget()
     fused = False
+    biases = "qkvo"
+    norms = ("post_attention_layernorm", "post_feedforward_layernorm")
+    head_norms = "all"
 
 
 @final

@@ -20,6 +20,7 @@ from composer.mergekit_moe.accounting import (
     trunk_parts,
 )
 from composer.mergekit_moe.comparing import plan_warnings, source_problems
+from composer.mergekit_moe.completeness import trunk_problems
 from composer.mergekit_moe.families import FAMILIES, Family, Layout, matching
 from composer.mergekit_moe.manifest import PROMPTED, MoEManifest
 from composer.mergekit_moe.sources import SourceModel, Sources
@@ -172,7 +173,7 @@ def plan_moe(
     family = None if problems else _choose(manifest, base, shared, problems)
     account = Account(base, experts, shared)
     if family is not None:
-        problems += account.problems(family)
+        problems += account.problems(family) + trunk_problems(base, account.trunk, family)
     widths = sorted({expert.width for expert in experts})
     if len(widths) > 1 and not pad:
         problems.append(

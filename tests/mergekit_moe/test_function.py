@@ -90,6 +90,43 @@ def test_copies_are_the_dense_model(
     assert (ours - dense).abs().max().item() < tolerance * max(1.0, dense.abs().max().item())
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {"head_dim": 16}),
+        ("mistral", {}),
+        ("phi3", {}),
+        ("qwen2", {}),
+        ("qwen3", {"head_dim": 16, "attention_bias": True}),
+        ("olmo2", {"attention_bias": True}),
+    ],
+)
+def test_what_a_class_needs_is_what_transformers_gives_memory(
+    family: str, settings: Any, tied: bool, make_model: Any, config_of: Any, built: Any, tmp_path: Path
+) -> None:
+    """Names and shapes, of a class and its settings as written; missing ones would be filled with random numbers."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from composer.mergekit_moe.completeness import expected_trunk
+    from composer.mergekit_moe.manifest import parse
+    from composer.mergekit_moe.planning import plan_moe
+
+    settings = {**settings, "tie_word_embeddings": tied}
+    config = config_of(family, model=settings, gate_mode="random", prompts=False)
+    built(config)
+    plan = plan_moe(parse(config))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "out"))
+    held = {name: tuple(p.shape) for name, p in model.named_parameters() if ".mlp." not in name}
+    held = {name: shape for name, shape in held.items() if name not in plan.missing_biases()}
+    if family == "qwen2":  # it says nowhere that it has them; those of one layer ask for all others
+        held = {name: shape for name, shape in held.items() if not name.endswith("_proj.bias")}
+    base = plan.base.description
+    assert expected_trunk(plan.family, base.config, layers=3, hidden=32) == held
+
+
 @pytest.fixture
 def zeroed(tmp_path: Path) -> Any:
     """A copy of a model's folder in which tensors whose names end so are zeros."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,12 +150,12 @@ def problems_of(config: dict[str, Any], **options: Any) -> list[str]:
     return list(caught.value.problems)
 
 
-def changed(folder: Path, out: Path, **tensors: Any) -> Path:
-    """A copy of a model with tensors replaced by what a function of the old one gives, or added."""
+def changed(folder: Path, out: Path, *, without: Sequence[str] = (), **tensors: Any) -> Path:
+    """A copy of a model with tensors replaced, added, or taken away."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(folder, out)
-    held = load_file(out / "model.safetensors")
+    held = {name: t for name, t in load_file(out / "model.safetensors").items() if name not in without}
     save_file(held | tensors, out / "model.safetensors", metadata={"format": "pt"})
     return out
 
@@ -386,6 +387,99 @@ def test_adapters_that_are_none(config_of: Any, make_model: Any, tmp_path: Path,
     config["experts"][0]["source_model"] = f"{make_model()}+{path}"
     text = message(AdmissionError, plan_moe, parse(config))
     assert "use_dora: True found; allowed is false" in text
+
+
+# ---------------------------------------------------------------- incomplete models
+
+AGAIN = "download the model again, or save it again whole"
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "name", "cure"),
+    [
+        ("llama", {}, "model.layers.2.self_attn.q_proj.weight", AGAIN),
+        ("llama", {}, "model.layers.0.post_attention_layernorm.weight", AGAIN),
+        ("llama", {}, "model.norm.weight", AGAIN),
+        ("mistral", {"tie_word_embeddings": True}, "model.embed_tokens.weight", AGAIN),
+        (
+            "llama",
+            {},
+            "lm_head.weight",
+            f"{AGAIN}, or set tie_word_embeddings in its config.json if its head is its embedding",
+        ),
+        ("qwen2", {}, "model.layers.1.self_attn.k_proj.bias", AGAIN),
+        ("qwen3", {}, "model.layers.1.self_attn.k_norm.weight", AGAIN),
+        ("qwen3", {"attention_bias": True}, "model.layers.1.self_attn.o_proj.bias", AGAIN),
+        ("olmo2", {}, "model.layers.1.post_feedforward_layernorm.weight", AGAIN),
+    ],
+)
+def test_a_base_that_lacks_a_tensor(
+    family: str, settings: Any, name: str, cure: str, config_of: Any, make_model: Any, tmp_path: Path
+) -> None:
+    """mergekit fails half-way or writes it so; transformers fills the gap with random numbers."""
+    config = config_of(family, model=settings, gate_mode="random", prompts=False)
+    assert plan_moe(parse(config)).dropped  # control: as it is
+    base = changed(make_model(family, **settings), tmp_path / "base", without=[name])
+    (family_name,) = {
+        "llama": ["Mixtral"],
+        "mistral": ["Mixtral"],
+        "qwen2": ["Qwen MoE"],
+        "qwen3": ["Qwen3 MoE"],
+        "olmo2": ["FlexOlmo"],
+    }[family]
+    assert problems_of({**config, "base_model": str(base)}) == [
+        f"{base}: lacks {name}, which {family_name} needs; {cure}"
+    ]
+
+
+def test_tensors_of_other_shapes_than_the_configuration_says(
+    config_of: Any, make_model: Any, tmp_path: Path
+) -> None:
+    import torch
+
+    names = {
+        "model.layers.1.self_attn.q_proj.weight": (64, 32),
+        "model.embed_tokens.weight": (99, 32),
+        "model.norm.weight": (1, 32),
+    }
+    tensors = {name: torch.ones(shape) for name, shape in names.items()}
+    base = changed(make_model(), tmp_path / "base", **tensors)
+    written = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(written | {"intermediate_size": 64}))
+    config = {**config_of(gate_mode="random"), "base_model": str(base)}
+    assert problems_of(config) == [
+        f"{base}: its FFNs are 48 wide, its config.json says 64",
+        f"{base}: model.embed_tokens.weight is of shape (99, 32), its config.json says (97, 32)",
+        f"{base}: model.norm.weight is of shape (1, 32), its config.json says (32,)",
+        f"{base}: model.layers.1.self_attn.q_proj.weight is of shape (64, 32), its config.json says (32, 32)",
+    ]
+
+
+def test_matrices_of_an_ffn_that_do_not_fit_together(config_of: Any, make_model: Any, tmp_path: Path) -> None:
+    """A narrower gate projection would else have been padded as a narrower expert is."""
+    import torch
+
+    names = {"0.mlp.gate_proj": (40, 32), "1.mlp.up_proj": (48, 16), "2.mlp.down_proj": (30, 48)}
+    tensors = {f"model.layers.{name}.weight": torch.ones(shape) for name, shape in names.items()}
+    expert = changed(make_model(), tmp_path / "expert", **tensors)
+    config = config_of(gate_mode="random")
+    config["experts"][0]["source_model"] = str(expert)
+    assert problems_of(config) == [
+        f"{expert}: model.layers.0.mlp.gate_proj.weight is of shape (40, 32), not (48, 32)",
+        f"{expert}: model.layers.1.mlp.up_proj.weight is of shape (48, 16), not (48, 32)",
+        f"{expert}: model.layers.2.mlp.down_proj.weight is of shape (30, 48), not (32, 48)",
+    ]
+
+
+def test_phi3_of_another_number_of_heads(config_of: Any, make_model: Any, tmp_path: Path) -> None:
+    import torch
+
+    name = "model.layers.1.self_attn.qkv_proj.weight"
+    base = changed(make_model("phi3"), tmp_path / "base", **{name: torch.ones(80, 32)})
+    config = {**config_of("phi3", gate_mode="random"), "base_model": str(base)}
+    assert message(AdmissionError, plan_moe, parse(config)) == (
+        f"{base}: {name} has 80 rows, its config.json says 64."
+    )
 
 
 # ---------------------------------------------------------------- nothing half-written
