@@ -16,7 +16,7 @@ import torch
 
 from composer.routing.router import Router
 from composer.routing.state import RouterState
-from composer.routing.types import AllowedGroup, RoutingContext, RoutingDecision
+from composer.routing.types import ANCHOR, AllowedGroup, RoutingContext, RoutingDecision
 
 __all__ = [
     "FORCED",
@@ -81,9 +81,18 @@ class ForwardPass:
     def route(
         self, router: Router, hidden_states: torch.Tensor, *, layer: int, branch: Branch = "ffn"
     ) -> RoutingDecision:
-        """Let a router decide about ``(batch, positions, d)`` states; who watches sees decisions about FFNs."""
+        """Let a router decide about ``(batch, positions, d)`` states; who watches sees decisions about FFNs.
+
+        Raises:
+            ValueError: All tokens are sent to the anchor, which is no expert here.
+        """
         forced = FORCED.get()
         if forced is not None:
+            if forced.expert == ANCHOR and not router.with_anchor:  # no block to send them to
+                raise ValueError(
+                    "All tokens were to go to the base's own modules, but the base is no expert of this composition "
+                    "(seed_expert: false). Measure them in the base itself, or in a composition with seed_expert: true."
+                )
             forced.watch(layer, branch, hidden_states, self.token_mask)
             return forced.decision(hidden_states)
         context = RoutingContext(

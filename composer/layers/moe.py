@@ -50,7 +50,8 @@ class MoELayer(nn.Module):
         self.experts = experts
         self.router = router
         self.present = tuple(present)
-        # an expert without a block here is the anchor here: its W + 0
+        # an expert without a block here is the anchor here: its W + 0; place -1 of a stack is somebody else's block
+        assert with_anchor or len(self.present) == num_experts, "without the anchor everybody has a block"
         local = [ANCHOR if with_anchor else UNUSED] * (num_experts + 1)
         for position, expert in enumerate(self.present, start=int(with_anchor)):
             local[expert] = position

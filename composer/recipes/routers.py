@@ -72,7 +72,8 @@ class RouterMaker:
     Args:
         spec: What the manifest says.
         members: The experts, with their files.
-        model: Whose routers they are.
+        model: Whose routers they are. Its FFNs and attention are still the base's own, and its trunk as it shall be:
+            what public prompts give is measured there.
         names: Id -> name of everybody who can be routed to, the anchor (0) first if it can; None: the anchor and the
             members.
         branch: What is routed to.
@@ -101,6 +102,11 @@ class RouterMaker:
             width = members.description.hidden_size
             self.public = members.public()
             self.artifacts = {member.id: member.routing(width) for member in members.experts}
+        self.public_inputs: Mapping[int, Any] = {}
+        if self.scorer_class.from_prompts:
+            from composer.upcycling.measuring import public_inputs
+
+            self.public_inputs = public_inputs(model, members, branch=branch)
 
     def per_layer(self, layer: int, present: Sequence[int]) -> Router | None:
         """Return the router of one expert layer, or None where the model-wide gate decides."""
@@ -115,7 +121,7 @@ class RouterMaker:
         if self.scorer_class.from_prompts:
             from composer.upcycling.measuring import fill_prompt_rows
 
-            fill_prompt_rows(self.model, self.members, branch=self.branch)
+            fill_prompt_rows(self.model, self.members, branch=self.branch, public=self.public_inputs)
         if self.scorer_class.depth != "model":
             return
         layer = self.scorer_class.gate_layer(public=self.public.info, layer=self.spec.layer)

@@ -54,6 +54,7 @@ class Router(nn.Module):
         here = range(1, num_experts + 1) if present is None else present
         anchor = (ANCHOR,) if with_anchor else ()
         self.present = None if present is None and with_anchor else frozenset((*anchor, *here))
+        self.with_anchor = with_anchor
         self.scorer = scorer
         self.selector = selector
         self.adaptive = selector.adaptive

@@ -26,10 +26,10 @@ class PromptScorer(MadeScorer):
     """Dot products with the experts' directions: ``s_e(h) = scale * (m_e - n_e - m_0) / |m_e - n_e - m_0| . h``.
 
     ``m_e`` is the mean over the tokens of an expert's positive prompts of the very states that the layer's router
-    reads while all tokens are routed to that expert; ``n_e`` the same of its negative prompts, and ``m_0`` that of
-    public prompts, routed to the anchor, where there are any. The anchor's row is 0: the others have to beat it. The
-    gate that merging tools make of prompts (mergekit-moe's ``hidden``) takes the last token's state before the
-    attention instead, which the router never sees.
+    reads while all tokens are routed to that expert; ``n_e`` the same of its negative prompts. ``m_0`` is that of
+    public prompts, where there are any, with the base's own modules in every layer, whether or not the base is an
+    expert. The anchor's row is 0: the others have to beat it. The gate that merging tools make of prompts
+    (mergekit-moe's ``hidden``) takes the last token's state before the attention instead, which the router never sees.
     """
 
     Options: ClassVar[type[ScorerOptions]] = PromptOptions
