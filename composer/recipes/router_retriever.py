@@ -82,6 +82,15 @@ class RouterRetriever(Recipe):
         router = manifest.router
         if RETRIEVAL_SCORERS.load(router.scorer).needs & {"pilots", "utility"}:
             return _absent_names(experts)
+        if router.scorer != "lda":
+            return []
+        even = [
+            f"{card.name} publishes no second moment, so lda takes its queries to vary alike in all directions"
+            for card in experts
+            if card.routing is not None
+            and card.routing.retrieval is not None
+            and not card.routing.retrieval.second_moment
+        ]
         few = [
             f"{card.name} sums up {info.queries} queries in {info.dimension} dimensions; its second moment tells what "
             "they span"
@@ -91,7 +100,7 @@ class RouterRetriever(Recipe):
             and info.noise is None
             and info.queries < info.dimension
         ]
-        return few if router.scorer == "lda" else []
+        return few + even
 
     def active_experts(self, *, router: Any, experts: Sequence[ExpertCard]) -> int:
         """Count the experts that a query meets at most."""

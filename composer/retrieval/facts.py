@@ -45,6 +45,7 @@ class ExpertFacts:
         count: Number of queries.
         sum: Of their features, ``(d,)``.
         scatter: Sum of outer products, ``(d, d)``; None: not published.
+        unit: Whether every feature has length 1, so that count and sum tell how much they vary in all.
         labels: How well experts serve the owner's queries; None: not published, or not asked for.
         gram: Sum of outer products of the queries behind ``utility``, ``(d, d)``.
         utility: Expert name, ``base`` among them -> sum of features times the quality it reached, ``(d,)``.
@@ -54,6 +55,7 @@ class ExpertFacts:
     count: float
     sum: Array
     scatter: Array | None = None
+    unit: bool = False
     labels: Labels | None = None
     gram: Array | None = None
     utility: Mapping[str, Array] = field(default_factory=dict)

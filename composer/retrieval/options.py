@@ -27,7 +27,8 @@ class RetrievalRouter(BaseModel):
     preset: Literal["paper"] | None = None
     """``paper``: RouterRetriever as published. Other keys win over it; the plan and the lock hold it written out."""
     scorer: str = "lda"
-    """``lda``, ``centroid``: from the owners' sums of query embeddings; ``pilot_mean``, ``pilot_max``,
+    """``lda``, ``centroid``: from the owners' sums of query embeddings (``lda`` also from their second moments, where
+    owners publish them); ``pilot_mean``, ``pilot_max``,
     ``pilot_logsumexp``, ``pilot_top_mean``: from groups of queries by the expert that serves them best;
     ``ridge_utility``: predicts every expert's gain over the base."""
     selector: str = "soft"

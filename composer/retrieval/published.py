@@ -46,6 +46,7 @@ def _facts(member: Member, width: int, names: frozenset[str], options: Retrieval
         count=float(moments.count),
         sum=moments.sum,
         scatter=moments.scatter,
+        unit=_of_length_one(published.info, options),
         labels=None if published.scores is None else _labels(published.scores, names),
         gram=None if utility is None else utility.gram,
         utility={
@@ -54,6 +55,11 @@ def _facts(member: Member, width: int, names: frozenset[str], options: Retrieval
             if utility is not None and name in {*names, BASE_NAME}
         },
     )
+
+
+def _of_length_one(info: RetrievalInfo, options: RetrievalRouter) -> bool:
+    """Say whether what is scored has length 1: mean states and tokens have, embeddings where the base divides them."""
+    return options.route_on != "embedding" or info.normalization == "l2"
 
 
 def _moments(published: RetrievalArtifacts, options: RetrievalRouter) -> Moments:
@@ -151,9 +157,10 @@ def _expert_problems(
     found = []
     if info.queries < options.min_group:
         found.append(f"{name} sums up {info.queries} queries; router.min_group asks for {options.min_group}")
-    if "scatter" in needs and not info.second_moment:
+    if "scatter" in needs and not info.second_moment and not _of_length_one(info, options):
         found.append(
-            f"{name} publishes no second moment, which '{options.scorer}' needs; route with `scorer: centroid`"
+            f"{name} publishes no second moment, which '{options.scorer}' needs where queries have any length; route "
+            "with `scorer: centroid`"
         )
     if "pilots" in needs:
         found += _label_problems(name, "scores", info, options) or _column_problems(

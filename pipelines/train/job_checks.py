@@ -69,6 +69,11 @@ def _retrieval_problems(job: DomainJob) -> list[str]:
     problems = [f"{', '.join(idle)}: not for retrievers; leave them out"] if idle else []
     problems += _query_noise_problems(job)
     problems += _full_form_problems(job)
+    if job.retrieval is not None and job.retrieval.hard_negatives and job.retrieval.negatives == "domain":
+        problems.append(
+            "retrieval.hard_negatives: with `negatives: domain` all of the domain's documents are negatives, the hard "
+            "ones too; leave it out, or write negatives: batch"
+        )
     if job.device not in ("auto", "cpu"):
         problems.append("device: retrievers are trained on the CPU; leave it out")
     if isinstance(job.held_out, Path):

@@ -61,7 +61,7 @@ class RetrievalSettings(BaseModel):
     """Also publish sums over the queries' mean token embeddings, so that routing can be done before any layer runs.
     They say more about which words the queries use than sums over embeddings do."""
     pilot: Flag = True
-    """Publish the mean embedding of the training queries."""
+    """Publish the mean embedding of the queries that the sums are over."""
     min_group: Count = 10
     """Publish nothing that stands for fewer queries."""
 

@@ -43,7 +43,6 @@ def query_artifacts(
     spec: EmbeddingSpec,
     features: Mapping[str, Array],
     *,
-    training: int,
     layer: int,
 ) -> RetrievalArtifacts | None:
     """Sum up queries of training and labels, never held-out ones.
@@ -52,9 +51,7 @@ def query_artifacts(
         job: Says whether there is noise.
         settings: Of the job, for retrievers.
         spec: How the base makes vectors.
-        features: Place (``embedding``, perhaps ``state`` and ``static``) -> float64 ``(queries, d)``, those of training
-            first.
-        training: How many those are.
+        features: Place (``embedding``, perhaps ``state`` and ``static``) -> float64 ``(queries, d)``.
         layer: That the states enter.
 
     Returns:
@@ -67,7 +64,8 @@ def query_artifacts(
     if not job.statistics.enabled or len(vectors) < settings.min_group:
         return None
     moments, noise = _moments(job, settings, features)
-    pilot = Pilot(expert=job.name, queries=training, vector=vectors[:training].mean(axis=0))
+    # over the queries of the sums: the difference of two sets would be the few that are in one of them
+    pilot = Pilot(expert=job.name, queries=len(vectors), vector=vectors.mean(axis=0))
     return RetrievalArtifacts.create(
         embedding=moments["embedding"],
         normalization="l2" if spec.normalize else "none",

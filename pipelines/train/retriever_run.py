@@ -263,6 +263,5 @@ class RetrieverRun:
             self.settings,
             self.spec,
             {place: torch.stack(rows[:own]).double().numpy() for place, rows in features.items()},
-            training=len(self.split.train),
             layer=self.layers[0],
         )

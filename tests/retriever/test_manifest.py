@@ -15,7 +15,7 @@ from composer.planning import plan
 from composer.retrieval.form import RetrieverLock, RetrieverManifest
 from composer.retrieval.options import RetrievalRouter
 from experts.errors import ConsentError, CoterieError, ManifestError, PlanError
-from experts.retrieval_artifacts import Utility
+from experts.retrieval_artifacts import Moments, RetrievalArtifacts, Utility
 from registry import Registry
 
 CANNOT = "Manifest 'pico' cannot be composed:\n"
@@ -58,8 +58,6 @@ def registry(pico: Any) -> Registry:
 
 
 def _mean_only(pico: Any) -> Any:
-    from experts.retrieval_artifacts import Moments, RetrievalArtifacts
-
     vectors, _ = pico._embed(pico.domain_texts(1, count=8), 2)
     return RetrievalArtifacts.create(
         embedding=Moments.from_vectors(vectors, second_moment=False), normalization="l2"
@@ -196,16 +194,40 @@ def test_what_an_owner_did_not_publish(retrievers: Any, registry: Registry) -> N
         f"{CANNOT}  - fay/none publishes nothing about its queries"
     )
     few = retrievers.manifest(["acme/search", "cid/mean"], min_group=10)
-    assert refused(few, registry) == (
-        f"{CANNOT}  - cid/mean sums up 8 queries; router.min_group asks for 10\n"
-        "  - cid/mean publishes no second moment, which 'lda' needs; route with `scorer: centroid`"
-    )
+    assert refused(few, registry) == (f"{CANNOT}  - cid/mean sums up 8 queries; router.min_group asks for 10")
     state = retrievers.manifest(["acme/search", "cid/mean"], scorer="centroid", route_on="layer_state")
     assert refused(state, registry) == (
         f"{CANNOT}  - cid/mean publishes no sums of layer states, which `route_on: layer_state` needs; route on the "
         "embedding"
     )
     assert plan(retrievers.manifest(["acme/search", "cid/mean"], scorer="centroid"), registry).warnings == ()
+
+
+def test_an_owner_who_keeps_the_second_moment(retrievers: Any, pico: Any, registry: Registry) -> None:
+    """A base that divides by length tells how much queries vary; another one does not."""
+    from composer.building import build
+    from composer.loading import load
+
+    planned = plan(retrievers.manifest(["acme/search", "cid/mean"]), registry)
+    assert planned.warnings == (
+        "cid/mean publishes no second moment, so lda takes its queries to vary alike in all directions",
+    )
+    model = load(build(planned, pico.scratch("out"), registry=registry))
+    alone = retrievers.model(["acme/search"])
+    queries = retrievers.queries()
+    assert np.array_equal(model.encode_query(queries, opt_out={"cid"}), alone.encode_query(queries))
+    assert not np.array_equal(model.encode_query(queries), alone.encode_query(queries))
+
+    lengths = Registry(pico.scratch("registry"))
+    lengths.add_base(pico.embedder(normalize=False), name="embedder")
+    moments = Moments(count=40, sum=np.ones(32), scatter=None)
+    artifacts = RetrievalArtifacts.create(embedding=moments, normalization="none")
+    raw = pico.write_retriever(pico.scratch("raw"), seed=41)
+    lengths.register(pico.pack_retriever(raw, name="cid/mean", artifacts=artifacts, normalize=False))
+    assert refused(retrievers.manifest(["cid/mean"]), lengths) == (
+        f"{CANNOT}  - cid/mean publishes no second moment, which 'lda' needs where queries have any length; route with "
+        "`scorer: centroid`"
+    )
 
 
 def test_labels_must_be_those_that_are_asked_for(retrievers: Any, registry: Registry) -> None:

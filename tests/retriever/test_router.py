@@ -266,6 +266,49 @@ def test_who_is_not_allowed_is_never_scored(name: str, selector: str) -> None:
     assert np.isneginf(found.scores[:, 1]).all()
 
 
+def unit_facts(*, kept: Sequence[str] = NAMES, names: Sequence[str] = NAMES) -> list[ExpertFacts]:
+    """Facts of features of length 1; those in ``kept`` keep their second moments."""
+    made = []
+    for name in names:
+        random = np.random.default_rng([5, NAMES.index(name)])
+        x = random.normal(size=(40, D)) + random.normal(size=D)
+        x /= np.linalg.norm(x, axis=1, keepdims=True)
+        scatter = None if name in kept else x.T @ x
+        made.append(ExpertFacts(name=name, count=40, sum=x.sum(axis=0), scatter=scatter, unit=True))
+    return made
+
+
+def test_without_any_second_moment_the_nearest_mean_is_chosen() -> None:
+    known, x = unit_facts(), queries()
+    means = np.stack([f.sum / 40 for f in known])
+    nearest = np.linalg.norm(x[:, None] - means, axis=2).argmin(axis=1)
+    assert np.array_equal(router(known).decide(x, everybody()).slots[:, 0] - 1, nearest)
+
+
+def test_a_second_moment_that_is_kept_is_even_and_has_the_right_trace() -> None:
+    mixed, whole = unit_facts(kept=NAMES[:2]), unit_facts(kept=())
+    assert all(np.trace(f.scatter) == pytest.approx(40) for f in whole)
+    even = [
+        f
+        if f.scatter is not None
+        else replace(f, scatter=np.outer(f.sum, f.sum) / 40 + np.eye(D) * (40 - f.sum @ f.sum / 40) / D)
+        for f in mixed
+    ]
+    got, wanted = scorer("lda").solve(mixed), scorer("lda").solve(even)
+    np.testing.assert_allclose(got.vectors, wanted.vectors, rtol=1e-9)
+    np.testing.assert_allclose(got.biases, wanted.biases, rtol=1e-9)
+    noisy = [replace(f, sum=f.sum * 1e3) for f in unit_facts()]  # longer than any sum of unit vectors
+    assert np.isfinite(scorer("lda").solve(noisy).vectors).all()
+
+
+@pytest.mark.parametrize("gone", NAMES)
+def test_whoever_keeps_or_publishes_leaves_exactly(gone: str) -> None:
+    rest = tuple(n for n in NAMES if n != gone)
+    whole, alone = router(unit_facts(kept=NAMES[:2])), router(unit_facts(kept=NAMES[:2], names=rest))
+    left = tuple(i for i, n in enumerate(NAMES) if n != gone)
+    assert whole.solved(left).to_bytes() == alone.solved((0, 1, 2)).to_bytes()
+
+
 def test_equal_scores_go_to_the_first_name_whatever_the_scores_are() -> None:
     one = facts()[0]
     same = [ExpertFacts(name=name, count=one.count, sum=one.sum, scatter=one.scatter) for name in NAMES]

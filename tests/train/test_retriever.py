@@ -266,8 +266,9 @@ def test_statistics_are_sums_over_training_and_label_queries(trained: Any, pico:
     np.testing.assert_allclose(found.embedding.sum, x.sum(0), atol=1e-4)
     np.testing.assert_allclose(found.embedding.scatter, x.T @ x, atol=1e-4)
     (pilot,) = found.pilots
-    assert (pilot.expert, pilot.queries) == ("acme/search", len(run.split.train))
-    np.testing.assert_allclose(pilot.vector, x[: pilot.queries].mean(0), atol=1e-5)
+    # of the same queries as the sums: of another set, the difference would be the few that only one has
+    assert (pilot.expert, pilot.queries) == ("acme/search", len(own))
+    np.testing.assert_allclose(pilot.queries * pilot.vector, found.embedding.sum, atol=1e-5)
     _, states = pico._embed(own, 2)
     assert found.info.state.layer == 2
     np.testing.assert_allclose(found.state.sum, states.astype("f8").sum(0), atol=1e-4)
@@ -377,13 +378,11 @@ def test_the_second_moment_needs_more_queries_than_dimensions(
 
 def test_small_owners_publish_no_vector(prepared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     own = len(prepared.split.train) + len(prepared.split.label)
-    for least, published in ((own + 1, None), (own, ())):
+    for least, published in ((own + 1, None), (own, [own])):
         settings = prepared.settings.model_copy(update={"min_group": least})
         monkeypatch.setattr(prepared, "settings", settings)
         made = prepared.artifacts()
-        assert (
-            made and made.pilots
-        ) == published  # the training queries alone are fewer, so their mean is absent
+        assert (made and [pilot.queries for pilot in made.pilots]) == published
 
 
 def test_statistics_can_be_kept(prepared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -629,6 +628,15 @@ def test_fields_of_language_models_are_refused(job: Callable[..., DomainJob], pa
     )
     with pytest.raises(ManifestError, match="retrieval is for the kind 'retriever' only; leave it out"):
         job(kind="lora", data=str(pairs))
+
+
+def test_hard_negatives_beside_the_whole_domain_are_refused(job: Callable[..., DomainJob]) -> None:
+    with pytest.raises(ManifestError) as caught:
+        job(retrieval={"hard_negatives": 5})
+    assert caught.value.problems == (
+        "retrieval.hard_negatives: with `negatives: domain` all of the domain's documents are negatives, the hard "
+        "ones too; leave it out, or write negatives: batch",
+    )
 
 
 def test_data_that_are_no_pairs_are_refused(job: Callable[..., DomainJob], tmp_path: Path) -> None:

@@ -24,6 +24,10 @@ class LDA(RetrievalScorer):
     ``b_i = -(m_i + m) . w_i / 2`` with ``m`` the mean of the ``m_i`` (Hastie, Tibshirani, Friedman, The Elements of
     Statistical Learning, section 4.3; Friedman 1989 for the shrinkage). The book's ``S^-1 m_i`` differ from these
     by what is common to all classes.
+
+    An owner who keeps ``C_i``, and whose features have length 1, has ``tr C_i = n_i``: its part of ``S`` is then taken
+    to be the same in all directions, ``(n_i - |s_i|^2 / n_i) / d I``, which has the right trace. Where nobody publishes
+    ``C_i``, domains are told apart by the distance to their means.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"sum", "scatter"})
@@ -42,8 +46,12 @@ class LDA(RetrievalScorer):
         d = len(experts[0].sum)
         within, total = np.zeros((d, d)), 0.0
         for e in experts:
-            assert e.scatter is not None, "the plan asked for it"
-            within += e.scatter - np.outer(e.sum, e.sum) / e.count
+            if e.scatter is not None:
+                within += e.scatter - np.outer(e.sum, e.sum) / e.count
+            else:
+                assert e.unit, "the plan asked for it"
+                # noise may have made the sum longer than sums of unit vectors are
+                within[np.diag_indices(d)] += max(0.0, e.count - float(e.sum @ e.sum) / e.count) / d
             total += e.count
         within /= total
         # a domain of equal queries has no variance of its own to shrink towards
