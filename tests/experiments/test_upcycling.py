@@ -72,6 +72,9 @@ def test_every_arm_is_measured_and_counted(done: tuple[Path, list[Row]]) -> None
     assert arms == {*ARMS, "expert:python", "expert:icd10"} - {"expert"}
     assert all(set(_nll(rows, arm)) == {"python", "icd10", "history"} for arm in arms)
     assert costs(rows).keys() == arms
+    sent = {row.arm for row in rows if row.metric == "routed_to_owner"}
+    # everybody's text trains all of the copies, so none of them is an owner's
+    assert sent == {arm for arm in arms if arm.startswith(("btx_", "bam_"))}
 
 
 def test_owners_learn_their_domains_and_mixtures_are_trained(done: tuple[Path, list[Row]]) -> None:

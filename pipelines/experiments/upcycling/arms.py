@@ -54,6 +54,7 @@ class Measured:
         training_flops: Of that training, by `flops_per_token`.
         flops: Of one token, forward.
         parameters: In all.
+        owned: Whether its experts are the owners'.
     """
 
     evaluation: Evaluation
@@ -61,6 +62,7 @@ class Measured:
     training_flops: int
     flops: int
     parameters: int
+    owned: bool = True
 
 
 Results = Mapping[str, Measured]
@@ -296,6 +298,7 @@ def _cost(
     return Measured(
         evaluation=evaluation,
         tokens=before + mixture,
+        owned=owners != 0,
         training_flops=TRAINING * (before * _flops(world, Shape()) + mixture * flops),
         flops=flops,
         parameters=parameters,

@@ -71,7 +71,8 @@ class UpcyclingComparison(ExperimentKind):
 
         owners = {domain: world.owner(domain) for domain in world.settings.domains}
         for name, measured in ARMS.load(arm)(world).items():
-            yield from rows_of(name, world.seed, measured.evaluation, owners=owners)
+            shown = owners if measured.owned else {}
+            yield from rows_of(name, world.seed, measured.evaluation, owners=shown)
             yield from _cost_rows(name, world.seed, measured)
 
     def owned(self, experiment: UpcyclingExperiment) -> Sequence[str]:
