@@ -19,13 +19,14 @@ from composer.membership import Membership
 from composer.model import replace_ffn
 from composer.retrieval.config import RetrieverConfig
 from composer.retrieval.engine import Engine
-from composer.retrieval.form import QUERY_KWARGS, RetrieverLock
+from composer.retrieval.form import RetrieverLock
 from composer.retrieval.model import RetrieverEncoder
 from composer.retrieval.options import RetrievalRouter
 from composer.retrieval.pooling import Pooler
 from composer.retrieval.published import facts_of, state_layer
 from composer.retrieval.router import Router
 from composer.retrieval.scorers import RETRIEVAL_SCORERS, RETRIEVAL_SELECTORS
+from composer.retrieval.settings import check_settings
 from composer.retrieval.stacked import Factors, StackedLoRA
 from composer.retrieval.whole import is_whole, load_whole
 from experts.base import BaseDescription
@@ -58,7 +59,7 @@ def load_retriever(
     from composer.retrieval.sentence import Retriever, RoutedTransformer
 
     folder = members.folder
-    check_modules(folder)
+    check_settings(folder, lock, members.description)
     chosen = {name: value for name, value in options.items() if value is not None}
     first = RoutedTransformer.load(
         str(folder),
@@ -128,10 +129,10 @@ def load_encoder(
             f"Unknown arguments for loading a composed retriever: {', '.join(sorted(kwargs))}. Allowed: opt_out, "
             "registry, verify, dtype, attn_implementation."
         )
-    check_modules(folder)
     lock = lock or RetrieverLock.read(folder)
     if members is None:
         members = Members.open(folder, lock, without=left_out(lock, opt_out, registry))
+        check_settings(folder, lock, members.description)
         if verify:
             members.check_digests()
     encoder = _base_encoder(folder, lock, members, dtype, attn_implementation)
@@ -139,25 +140,6 @@ def load_encoder(
     encoder.requires_grad_(False)
     encoder.eval()
     return encoder
-
-
-def check_modules(folder: Path) -> None:
-    """Refuse a folder whose modules.json would keep the task from the encoder: queries would silently be documents.
-
-    Raises:
-        BuildError: It does.
-    """
-    path = folder / "modules.json"
-    try:
-        first = json.loads(path.read_text(encoding="utf-8"))[0]
-        passed = set(first.get("kwargs", ()))
-    except (OSError, ValueError, LookupError, AttributeError, TypeError):
-        raise BuildError(f"{path} is missing or is no list of modules. Build the folder again.") from None
-    if not set(QUERY_KWARGS) <= passed:
-        raise BuildError(
-            f"{path} passes {sorted(passed)} to its first module; {', '.join(QUERY_KWARGS)} are needed, or queries "
-            "would be encoded as documents. Build the folder again."
-        )
 
 
 def _embedding(description: BaseDescription) -> Any:

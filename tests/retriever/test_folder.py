@@ -14,7 +14,7 @@ import pytest
 from composer.editing import add_experts, remove_experts
 from composer.loading import load
 from composer.lock import Lock
-from experts.errors import BuildError, OptOutError, UnknownNameError
+from experts.errors import BuildError, IntegrityError, OptOutError, UnknownNameError
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -156,6 +156,117 @@ def test_without_the_import_the_stock_class_says_so(retrievers: Any, monkeypatch
         ValueError, match="has model type `coterie_retriever` but Transformers does not recognize"
     ):
         stock_load(retrievers.folder())
+
+
+# -------------------------------------------------------------------- settings that decide vectors
+
+
+def _edited(path: Path, change: Any) -> None:
+    text = path.read_text()
+    edited = change(text)
+    assert edited != text
+    path.unlink()  # it may be linked elsewhere
+    path.write_text(edited)
+
+
+def _setting(**keys: Any) -> Any:
+    return lambda text: json.dumps({**json.loads(text), **keys})
+
+
+EDITS: dict[str, tuple[str, Any]] = {
+    "pooling": ("1_Pooling/config.json", _setting(pooling_mode="cls")),
+    "longest input": ("sentence_bert_config.json", _setting(max_seq_length=4)),
+    "tokens": ("tokenizer_config.json", _setting(model_max_length=4)),
+    "prompts": ("config_sentence_transformers.json", _setting(prompts={"query": "zo ", "document": "zo "})),
+    "vocabulary": ("tokenizer.json", lambda text: text.replace('"ba"', '"xx"')),
+}
+"""What -> file and edit; every one is understood by sentence-transformers."""
+
+
+@pytest.mark.parametrize("door", [load, stock_load])
+@pytest.mark.parametrize("place", ["", "base/"], ids=["top", "base"])
+@pytest.mark.parametrize("what", EDITS)
+def test_r20_edited_settings_are_refused(
+    retrievers: Any, pico: Any, what: str, place: str, door: Any
+) -> None:
+    """At every place and by every loader, although the experts' files and the base's tensors are untouched."""
+    name, change = EDITS[what]
+    folder = shutil.copytree(retrievers.folder(), pico.scratch("copy"))
+    path = folder / f"{place}{name}"
+    expected = hashlib.sha256(path.read_bytes()).hexdigest()
+    _edited(path, change)
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    with pytest.raises(IntegrityError) as caught:
+        door(folder)
+    assert str(caught.value) == (
+        f"{path} has sha256 {found}, the composition says {expected}. It decides how texts become vectors, so they "
+        "would not fit those of an index. Build the folder again."
+    )
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("what", EDITS)
+def test_r20_the_control_such_an_edit_changes_documents(
+    retrievers: Any, pico: Any, what: str, texts: list[str]
+) -> None:
+    name, change = EDITS[what]
+    folder = shutil.copytree(pico.embedder(), pico.scratch("stock"))
+    _edited(folder / name, change)
+    documents = stock_load(folder).encode_document(texts)
+    assert np.abs(documents - retrievers.stock().encode_document(texts)).max() > 1e-3
+
+
+def test_r20_files_that_come_and_go_are_named(retrievers: Any, pico: Any) -> None:
+    folder = shutil.copytree(retrievers.folder(), pico.scratch("copy"))
+    added = folder / "added_tokens.json"
+    added.write_text("{}")
+    with pytest.raises(BuildError) as caught:
+        load(folder)
+    assert str(caught.value) == (
+        f"{added} was added after the build: the base has no such file, and it may decide how texts become vectors. "
+        "Remove it, or build the folder again."
+    )
+    added.unlink()
+    load(folder)
+    pooling = folder / "1_Pooling" / "config.json"
+    pooling.unlink()
+    with pytest.raises(BuildError) as caught:
+        load(folder)
+    assert str(caught.value) == f"{pooling} is missing. Build the folder again."
+
+
+def test_r20_links_to_the_bases_files_are_followed(retrievers: Any, pico: Any, texts: list[str]) -> None:
+    """As somebody may keep one copy of a base for many folders."""
+    folder, kept = Path(shutil.copytree(retrievers.folder(), pico.scratch("linked"))), pico.scratch("kept")
+    shutil.move(folder / "base", kept)
+    for path in sorted(p for p in kept.rglob("*") if p.is_file()):
+        name = path.relative_to(kept)
+        (folder / "base" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "base" / name).symlink_to(path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "1_Pooling/config.json"):
+        (folder / name).unlink()
+        (folder / name).symlink_to(kept / name)
+    assert np.array_equal(load(folder).encode_query(texts), retrievers.model().encode_query(texts))
+
+
+def test_r20_other_modules_than_the_bases_are_refused(retrievers: Any, pico: Any) -> None:
+    folder = _with_modules(retrievers, pico, lambda modules: modules[:2])  # without normalisation
+    with pytest.raises(BuildError) as caught:
+        load(folder)
+    assert str(caught.value) == (
+        f"{folder / 'modules.json'} lists other modules than base/modules.json. Build the folder again."
+    )
+
+
+def test_r20_a_description_of_another_base_is_refused(retrievers: Any, pico: Any) -> None:
+    folder = shutil.copytree(retrievers.folder(), pico.scratch("copy"))
+    _edited(folder / "base.json", lambda text: text.replace('"cosine"', '"dot"'))
+    with pytest.raises(BuildError) as caught:
+        load(folder)
+    assert str(caught.value) == (
+        f"{folder / 'base.json'} describes another base than the one beside it: similarity: 'cosine' in base/, 'dot' "
+        "in base.json. Build the folder again."
+    )
 
 
 # -------------------------------------------------------------------- saved, built again, changed
