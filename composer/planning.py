@@ -5,7 +5,6 @@ Pure: it reads the registry and returns a value that can be printed. Knows names
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -300,7 +299,7 @@ def _costs(
     counted: tuple[int, int] | None,
 ) -> dict[str, int]:
     """Count parameters, bytes and FLOPs; unless the recipe counted, the ``active`` largest experts are active."""
-    anchor = sum(math.prod(spec.shape) for spec in description.tensors.values())
+    anchor = description.num_parameters
     sizes = sorted(expert.record.parameters for expert in experts)
     total, most = anchor + sum(sizes), anchor + sum(sizes[len(sizes) - active :])
     if counted is not None:
@@ -319,5 +318,6 @@ def _lookup_only(description: BaseDescription) -> int:
     inner = config.get("text_config")
     decoder = inner if isinstance(inner, dict) else config
     vocab = decoder.get("vocab_size")
-    tied = not any(name.endswith(("lm_head.weight", "embed_out.weight")) for name in description.tensors)
+    heads = [name for name in description.tensors if name.endswith(("lm_head.weight", "embed_out.weight"))]
+    tied = not heads or description.tied_head is not None
     return 0 if tied or not isinstance(vocab, int) else vocab * description.hidden_size

@@ -25,6 +25,7 @@ __all__ = ["BaseDescription", "LinearSpec", "TensorSpec"]
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_DESCRIPTION_BYTES = 32 << 20
+_HEADS = ("lm_head.weight", "embed_out.weight")
 ENCODER_PREFIX = "encoder.layer"
 """Where transformers' encoders without a head keep their layers, and hence what adapters are named after."""
 
@@ -136,6 +137,27 @@ class BaseDescription:
             embedding=embedding,
             tokens=tokens,
         )
+
+    @property
+    def tied_head(self) -> str | None:
+        """Name of an output matrix that the checkpoint stores although it is tied to the embedding, or None.
+
+        Some savers write both; they are one parameter.
+        """
+        inner = self.config.get("text_config")
+        configs = (self.config, inner if isinstance(inner, dict) else {})
+        if not any(config.get("tie_word_embeddings") for config in configs):
+            return None
+        head = next((name for name in self.tensors if name.endswith(_HEADS)), None)
+        outside = [name for name in self.tensors if name != head and self.layer_of(name) is None]
+        twins = [name for name in outside if head and self.tensors[name].shape == self.tensors[head].shape]
+        return head if twins else None
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in the checkpoint, those of a tied pair counted once."""
+        copy = self.tied_head
+        return sum(spec.numel for name, spec in self.tensors.items() if name != copy)
 
     def ffn_linears(self, layer: int) -> dict[str, LinearSpec]:
         """Return the feed-forward linears of a layer by role."""

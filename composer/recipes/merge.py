@@ -103,8 +103,7 @@ class Merge(Recipe):
         self, *, manifest: Manifest, base: BaseDescription, experts: Sequence[ExpertCard]
     ) -> tuple[int, int]:
         """Count the base's, all of which every token meets."""
-        count = sum(spec.numel for spec in base.tensors.values())
-        return count, count
+        return base.num_parameters, base.num_parameters
 
     def assemble(self, model: ComposedForCausalLM, members: Members) -> None:
         """Merge every tensor that some expert changes."""

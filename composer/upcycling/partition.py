@@ -5,7 +5,6 @@ Knows names and shapes; knows no values and no torch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -30,7 +29,7 @@ class Partition:
         ffn: Feed-forward tensors of every layer: a copy per expert.
         attention: Attention tensors that are copied per expert; empty where attention is of the trunk.
         trunk: The rest, in the base's order.
-        sizes: Number of entries of every tensor.
+        sizes: Number of entries of every tensor; 0 for one that is a copy of another, tied to it.
         num_layers: Decoder layers.
         hidden_size: Width d.
     """
@@ -78,11 +77,12 @@ def partition(base: BaseDescription, attention: Literal["own", "shared"] | None 
         for what in ("weight", "bias")
     }
     own = set() if attention is None else _attention(base, floating, shared=attention == "shared")
+    copy = base.tied_head
     return Partition(
         ffn=tuple(name for name in floating if name in ffn),
         attention=tuple(name for name in floating if name in own),
         trunk=tuple(name for name in floating if name not in ffn and name not in own),
-        sizes={name: math.prod(base.tensors[name].shape) for name in floating},
+        sizes={name: 0 if name == copy else base.tensors[name].numel for name in floating},
         num_layers=base.num_layers,
         hidden_size=base.hidden_size,
     )

@@ -20,7 +20,7 @@ from experts.files import capped
 if TYPE_CHECKING:
     from composer.layers.install import ExpertSource
 
-__all__ = ["adopt", "merge_one", "merge_trunk", "places", "reduced"]
+__all__ = ["adopt", "copies", "merge_one", "merge_trunk", "places", "reduced", "unlike_copies"]
 
 _HEADS = ("lm_head.weight", "embed_out.weight")
 
@@ -43,9 +43,11 @@ def merge_trunk(
         with_base: Whether the base is one of the merged models.
 
     Raises:
-        BuildError: The method does not merge what is left where somebody is left out, or a tensor has no place.
+        BuildError: The method does not merge what is left where somebody is left out, a tensor has no place, or a model
+            has two different ones for one place.
     """
     spec = reduced(spec, [source.member.locked.name for source in sources], with_base=with_base)
+    _check_copies(model, names, sources)
     for name, target in places(model, names).items():
         # one tensor of every model is in memory at a time
         merged = merge_one(name, sources, spec, base=target.detach().cpu() if with_base else None)
@@ -98,27 +100,74 @@ def merge_one(
 
 
 def adopt(model: nn.Module, names: Sequence[str], source: ExpertSource) -> None:
-    """Copy tensors of one dense model into the base model."""
+    """Copy tensors of one dense model into the base model.
+
+    Raises:
+        BuildError: A tensor has no place, or the model has two different ones for one place.
+    """
+    _check_copies(model, names, [source])
     with source.opened(), torch.no_grad():
         for name, target in places(model, names).items():
             target.copy_(source.tensors[name])
 
 
 def places(model: nn.Module, names: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Return where the tensors of a checkpoint are in the model.
+    """Return where the tensors of a checkpoint are in the model, each once.
+
+    A checkpoint may list a tensor twice, where input and output embeddings are tied: that is one parameter, by the name
+    that the model itself gives it.
 
     Raises:
         BuildError: One of them is nowhere.
     """
-    state: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    for name in _HEADS:  # GPT-NeoX's head has another name in a checkpoint than in memory
-        state.setdefault(name, head.weight)
-    lost = [name for name in names if name not in state]
+    kept = _kept(model, names)
+    lost = [name for name in names if name not in kept]
     if lost:
         raise BuildError(
             "The base's checkpoint has tensors that its class keeps under other names, so they cannot be merged; "
             "build with `trunk: frozen`:",
             problems=capped(lost),
         )
-    return {name: state[name] for name in names}
+    state = _state(model)
+    return {name: state[name] for name in names if kept[name] == name}
+
+
+def copies(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
+    """Return the names that `places` leaves out, each with the name under which the tensor is there."""
+    return {name: other for name, other in _kept(model, names).items() if name != other}
+
+
+def unlike_copies(who: str, copy: str, name: str) -> BuildError:
+    """Return the refusal of a model whose two tensors are not one, as they are in the base."""
+    return BuildError(
+        f"{who}: '{copy}' and '{name}' differ, but the base ties them: they are one tensor of it, and nothing "
+        "holds two. Fine-tune the model with the embeddings tied, or publish it as a model of a base that does not tie "
+        "them."
+    )
+
+
+def _check_copies(model: nn.Module, names: Sequence[str], sources: Sequence[ExpertSource]) -> None:
+    for copy, name in copies(model, names).items():
+        for source in sources:
+            if not torch.equal(source.read(copy), source.read(name)):
+                raise unlike_copies(source.member.locked.name, copy, name)
+
+
+def _kept(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
+    """Return the one name of the tensor behind every name that the model knows."""
+    state = _state(model)
+    own = {id(parameter): name for name, parameter in model.named_parameters()}
+    known = [name for name in names if name in state]
+    kept: dict[int, str] = {}
+    for name in known:
+        key = id(state[name])
+        kept[key] = name if own.get(key) == name else kept.get(key, name)
+    return {name: kept[id(state[name])] for name in known}
+
+
+def _state(model: nn.Module) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    for name in _HEADS:  # GPT-NeoX's head has another name in a checkpoint than in memory
+        state.setdefault(name, head.weight)
+    return state

@@ -6,6 +6,7 @@ the experts' kinds; what a manifest may ask for is checked before.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from composer.layers.install import ExpertSource
 from composer.manifest import TrunkSpec
 from composer.merging import METHODS, merge_tensors
-from composer.upcycling.trunk import places
+from composer.upcycling.trunk import copies, places, unlike_copies
 from experts.kinds.lora import lora_tensor_names
 
 if TYPE_CHECKING:
@@ -36,13 +37,15 @@ def merge_whole(model: ComposedForCausalLM, members: Members) -> None:
     Args:
         model: Holds the base model, still untouched.
         members: At least one.
+
+    Raises:
+        BuildError: A tensor has no place, or a model has two different ones for one place.
     """
     spec = members.lock.upcycle
     assert spec is not None, "the plan wrote it out"
     assert isinstance(spec.trunk, TrunkSpec), "the plan checked it"
     sources = [ExpertSource(member, members.description) for member in members.experts]
-    changed = set().union(*(_changed(source) for source in sources))
-    names = [name for name in members.description.tensors if name in changed]
+    names = _wanted(model, members, sources)
     with_base = bool(spec.seed_expert) or METHODS[spec.trunk.method].base == "needed"
     with torch.no_grad():
         for name, target in places(model.base, names).items():
@@ -57,6 +60,21 @@ def merge_whole(model: ComposedForCausalLM, members: Members) -> None:
             )
             target.copy_(merged)
     model.membership = replace(model.membership, needs_all=_REASON)
+
+
+def _wanted(model: ComposedForCausalLM, members: Members, sources: Sequence[ExpertSource]) -> list[str]:
+    """Return what is merged: tensors that some expert changes, in the base's order; a tied pair is one tensor."""
+    changed = set().union(*(_changed(source) for source in sources))
+    pairs = copies(model.base, list(members.description.tensors))
+    for copy, name in pairs.items():
+        if not {copy, name} & changed:
+            continue
+        own = places(model.base, [name])[name].detach().cpu()
+        for source in sources:
+            if not torch.equal(_dense(source, copy, own), _dense(source, name, own)):
+                raise unlike_copies(source.member.locked.name, copy, name)
+    wanted = {pairs.get(name, name) for name in changed}
+    return [name for name in members.description.tensors if name in wanted]
 
 
 def _changed(source: ExpertSource) -> set[str]:
