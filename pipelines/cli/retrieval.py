@@ -197,14 +197,20 @@ def remove(
 
 
 @group.command("show", epilog=examples("coterie index show manuals --json"))
-def show(out: IndexArgument, as_json: JsonOption = False) -> None:
+def show(
+    out: IndexArgument,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read all vectors, and see that they are what was written.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Show what an index holds.
 
     Documents by owner, size, and the base that encoded them.
     """
     from pipelines.retrieval.index import open_index
 
-    index = open_index(out)
+    index = open_index(out, verify=verify)
     counts: dict[str | None, int] = {}
     for owner in index.owners:
         counts[owner] = counts.get(owner, 0) + 1
@@ -215,12 +221,13 @@ def show(out: IndexArgument, as_json: JsonOption = False) -> None:
         "backend": index.info.backend,
         "base": index.info.base,
         "bytes": size,
+        "verified": verify,
     }
     named = sorted((owner, count) for owner, count in counts.items() if owner)
     if as_json:
         print_json({**data, "owners": dict(named), "unowned": counts.get(None, 0)})
         return
-    print_fields({**data, "bytes": human_bytes(size)})
+    print_fields({**data, "bytes": human_bytes(size), "verified": "yes" if verify else "no (--verify)"})
     rows = [*named, *([("-", counts[None])] if None in counts else [])]
     print_table(rows, columns=("OWNER", "DOCUMENTS"), empty="No documents.", right=("DOCUMENTS",))
 

@@ -23,8 +23,8 @@ from composer.optout import owner_names
 from experts.errors import DataError
 from experts.files import fsync_folder, write_atomic
 from experts.strict import load_json, validate
-from pipelines.retrieval.search import Hit, Vectors, search_exactly
-from pipelines.retrieval.segment import Segment, SegmentInfo, damaged
+from pipelines.retrieval.search import Hit, Vectors, comparable, search_exactly
+from pipelines.retrieval.segment import Segment, SegmentInfo, damaged, delete_segment
 
 __all__ = [
     "DocumentIndex",
@@ -105,6 +105,9 @@ class Index(Protocol):
     def search(self, queries: Vectors, *, k: int = 10, allow: Mask | None = None) -> list[list[Hit]]:
         """Find the ``k`` documents of the largest inner product for every query."""
 
+    def verify(self) -> None:
+        """See that the vectors are those that were written."""
+
     def save(self) -> None:
         """Make the changes so far durable."""
 
@@ -149,12 +152,17 @@ def _is_segment(path: Path) -> bool:
     return path.name.startswith((_SEGMENTS, f".{_SEGMENTS}"))
 
 
-def open_index(folder: Path, *, base: str | None = None) -> Index:
+def open_index(folder: Path, *, base: str | None = None, verify: bool = False) -> Index:
     """Open an index.
+
+    The vectors of the exact backend are mapped and not read, so that a search starts at once; whatever is not what
+    was written is found with ``verify``, and before vectors are written anew (`remove`, and `save` after many
+    additions).
 
     Args:
         folder: Written by ``save``.
         base: Digest of the encoder that will be used with it; None: not checked.
+        verify: Read all vectors, and compare them with the digest that was noted when they were written.
 
     Raises:
         DataError: There is no index, it is damaged, or another base made it.
@@ -175,9 +183,13 @@ def open_index(folder: Path, *, base: str | None = None) -> Index:
                 "compared. Use the model's own base, or index the documents again."
             )
         try:
-            return _backend(info.backend)(folder, info)
+            index = _backend(info.backend)(folder, info)
         except FileNotFoundError as error:
             missing = error
+            continue
+        if verify:
+            index.verify()
+        return index
     raise damaged(folder, f"{Path(missing.filename or '').name} is missing")
 
 
@@ -223,7 +235,7 @@ def checked_rows(
     """Yield float32 matrices, checked; in the end they have ``documents`` rows.
 
     Raises:
-        DataError: A shape does not fit, or a number is not finite.
+        DataError: A shape does not fit, or a number is not finite or out of all proportion.
     """
     rows = 0
     for part in [vectors] if isinstance(vectors, np.ndarray) else vectors:
@@ -234,6 +246,8 @@ def checked_rows(
             )
         if not np.isfinite(part).all():
             raise DataError("A vector holds numbers that are not finite. Check the encoder.")
+        if not comparable(part):
+            raise DataError("A vector holds numbers that are too large to compare. Check the encoder.")
         yield np.ascontiguousarray(part, dtype="<f4")
     if rows != documents:
         raise DataError(f"{rows} vectors were given for {documents} documents.")
@@ -311,7 +325,7 @@ class DocumentIndex:
         """Remove documents.
 
         Raises:
-            DataError: An id is not in the index; nothing is removed then.
+            DataError: An id is not in the index, or vectors that would stay are damaged; nothing is removed then.
         """
         gone = set(ids)
         unknown = sorted(gone - self._known)
@@ -319,10 +333,16 @@ class DocumentIndex:
             raise DataError(
                 f"The index holds no document '{unknown[0]}' ({len(unknown)} of {len(gone)} are unknown)."
             )
-        self._segments = [
-            segment.without(gone) if gone.intersection(segment.ids) else segment for segment in self._segments
-        ]
-        self._segments = [segment for segment in self._segments if segment.ids]
+        left: list[Segment] = []
+        try:
+            for segment in self._segments:
+                left.append(segment.without(gone) if gone.intersection(segment.ids) else segment)
+        except BaseException:
+            for segment in left:
+                if segment.info not in [known.info for known in self._segments]:
+                    delete_segment(self.folder, segment.info.name)
+            raise
+        self._segments = [segment for segment in left if segment.ids]
         self._refresh()
 
     def search(self, queries: Vectors, *, k: int = 10, allow: Mask | None = None) -> list[list[Hit]]:
@@ -347,13 +367,24 @@ class DocumentIndex:
             k=k,
             allow=allow,
             dimension=self.info.dimension,
+            names=[str(segment.path) for segment in self._segments],
         )
+
+    def verify(self) -> None:
+        """Read all vectors, and see that they are those that were written: some seconds for a gigabyte.
+
+        Raises:
+            DataError: Some are not, or an earlier version wrote them and noted no digest.
+        """
+        for segment in self._segments:
+            segment.verify()
 
     def save(self) -> None:
         """Write ``index.json`` in one step; delete what it no longer names.
 
         Raises:
-            DataError: Another process changed the index meanwhile; nothing is written then.
+            DataError: Another process changed the index meanwhile, or vectors that would be written anew are damaged;
+                nothing is written then.
         """
         with alone(self.folder):
             check_unchanged(self.folder, self.info)
@@ -371,9 +402,14 @@ class DocumentIndex:
     def _merge(self) -> None:
         """Make one matrix of all, row by row, so that additions of single documents do not pile up."""
         rows: Iterator[Vectors] = (chunk for segment in self._segments for chunk in segment.chunks())
-        self._segments = [
-            Segment.write(self.folder, self.ids, self.owners, rows, dimension=self.info.dimension)
-        ]
+        try:
+            whole = Segment.write(self.folder, self.ids, self.owners, rows, dimension=self.info.dimension)
+        except DataError:
+            sweep(
+                self.folder, {f"{part.name}.{end}" for part in self.info.segments for end in ("npy", "json")}
+            )
+            raise
+        self._segments = [whole]
 
 
 def check_unchanged(folder: Path, info: IndexInfo) -> None:

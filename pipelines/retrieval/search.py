@@ -15,13 +15,19 @@ from numpy.typing import NDArray
 
 from experts.errors import DataError
 
-__all__ = ["Hit", "Vectors", "check_queries", "search_exactly"]
+__all__ = ["LONGEST", "Hit", "Vectors", "check_lengths", "check_queries", "comparable", "search_exactly"]
 
 Vectors = NDArray[np.float32]
 
 _CHUNK_BYTES = 1 << 25
 _QUERIES = 64
 """Queries looked up in one pass over the matrix."""
+
+LONGEST = 1e18
+"""Longest vector: neither its square nor its product with another overflows float32, in whatever order it is summed."""
+
+_TINY = 2.0**-126
+"""Smallest normal float32; what is smaller may count as zero."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +54,7 @@ def search_exactly(
     k: int,
     allow: NDArray[np.bool_] | None,
     dimension: int,
+    names: Sequence[str] | None = None,
 ) -> list[list[Hit]]:
     """Find the ``k`` rows of the largest inner product for every query.
 
@@ -59,9 +66,11 @@ def search_exactly(
         k: How many for each query.
         allow: Which rows may be found; others are never multiplied. None: all.
         dimension: Length of a vector.
+        names: What messages call the parts: the files that they come from. None: they come from an encoder.
 
     Raises:
-        DataError: Shapes do not fit, a number is not finite, or ``k`` is not positive.
+        DataError: Shapes do not fit, a number of a query or of a row that may be found is not finite or out of all
+            proportion, or ``k`` is not positive.
     """
     queries = np.asarray(queries, dtype=np.float32)
     check_queries(queries, rows=len(ids), k=k, allow=allow, dimension=dimension)
@@ -69,13 +78,58 @@ def search_exactly(
     for start in range(0, len(queries), _QUERIES):
         block = queries[start : start + _QUERIES]
         best = [_Best(query, k) for query in block]
-        for first, rows, chunk in _chunks(parts, allow):
+        for part, rows, chunk in _chunks(parts, allow):
+            largest = _largest(chunk)
+            if not largest <= LONGEST:  # which NaN is not
+                check_lengths(chunk, [ids[row] for row in rows], where=names[part] if names else None)
             products = block @ chunk.T
-            largest = np.sqrt(np.einsum("ij,ij->i", chunk, chunk).max(initial=0.0))
             for query, found in enumerate(best):
-                found.offer(products[query], chunk, first + rows, largest)
+                found.offer(products[query], chunk, rows, largest)
         hits += [found.hits(ids, owners) for found in best]
     return hits
+
+
+def _largest(rows: Vectors) -> float:
+    """An upper bound of the rows' lengths, up to rounding; infinite or NaN if a number is."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = np.einsum("ij,ij->i", rows, rows)
+    # a square may be too small for float32, though the number is not
+    return float(np.sqrt(float(squares.max(initial=0.0)) + rows.shape[1] * _TINY))
+
+
+def comparable(rows: Vectors) -> bool:
+    """Whether an inner product with any of these can be trusted: numbers are finite, lengths at most `LONGEST`."""
+    return len(_too_long(rows)) == 0
+
+
+def _too_long(rows: Vectors) -> NDArray[np.intp]:
+    if _largest(rows) <= LONGEST:  # not if it is NaN
+        return np.empty(0, dtype=np.intp)
+    return np.flatnonzero(~(np.linalg.norm(rows.astype(np.float64), axis=1) <= LONGEST))
+
+
+def check_lengths(rows: Vectors, ids: Sequence[str], *, where: str | None = None) -> None:
+    """Refuse vectors that no inner product can be trusted with: it would rank them, or others, anywhere.
+
+    Args:
+        rows: float32 ``(rows, dimension)``.
+        ids: Of the rows.
+        where: The file that they come from; None: an encoder.
+
+    Raises:
+        DataError: A number is not finite, or a vector longer than `LONGEST`.
+    """
+    wrong = _too_long(rows)
+    if len(wrong) and where is None:
+        raise DataError(
+            f"The vector of document '{ids[wrong[0]]}' holds numbers that are not finite or too large to compare. "
+            "Check the encoder."
+        )
+    if len(wrong):
+        raise DataError(
+            f"{where} is damaged: the vector of document '{ids[wrong[0]]}' holds numbers that are not finite or too "
+            "large to compare. Index the documents again."
+        )
 
 
 def check_queries(
@@ -88,6 +142,8 @@ def check_queries(
         )
     if not np.isfinite(queries).all():
         raise DataError("A query's vector holds numbers that are not finite. Check the encoder.")
+    if not comparable(queries):
+        raise DataError("A query's vector holds numbers that are too large to compare. Check the encoder.")
     if k < 1:
         raise DataError(f"{k} documents were asked for; at least 1 is needed.")
     if allow is not None and allow.shape != (rows,):
@@ -96,10 +152,10 @@ def check_queries(
 
 def _chunks(
     parts: Sequence[Vectors], allow: NDArray[np.bool_] | None
-) -> Iterator[tuple[int, NDArray[np.int64], Vectors]]:
-    """Yield the number of the first row, the allowed rows counted from it, and those rows."""
+) -> Iterator[tuple[int, NDArray[np.intp], Vectors]]:
+    """Yield the number of a part, the numbers of the allowed rows of a piece of it, and those rows."""
     offset = 0
-    for part in parts:
+    for number, part in enumerate(parts):
         step = max(1, _CHUNK_BYTES // (4 * part.shape[1]))
         for start in range(0, len(part), step):
             chunk = part[start : start + step]
@@ -109,8 +165,17 @@ def _chunks(
                 if len(rows) < len(chunk):
                     chunk = chunk[rows]
             if len(rows):
-                yield offset + start, rows, chunk
+                yield number, offset + start + rows, chunk
         offset += len(part)
+
+
+def _slack(query: NDArray[np.float64], largest: float) -> float:
+    """By how much the fast product may rank a row too low, against rows no longer than ``largest``."""
+    terms, length = len(query), float(np.linalg.norm(query))
+    # |fl(x.y) - x.y| <= gamma_n |x||y|, gamma_n about n 2^-24 (Higham 2002, 3.5); twice that for the query's cast
+    rounding = 4 * terms * 2.0**-24 * length * largest
+    # and what is lost where numbers, products or sums are too small for float32, on both sides of the comparison
+    return rounding + 2 * terms * _TINY * (2 + length + largest)
 
 
 class _Best:
@@ -122,10 +187,9 @@ class _Best:
         self.scores = np.empty(0)
         self.rows = np.empty(0, dtype=np.int64)
 
-    def offer(self, products: NDArray[Any], chunk: Vectors, rows: NDArray[np.int64], largest: float) -> None:
+    def offer(self, products: NDArray[Any], chunk: Vectors, rows: NDArray[np.intp], largest: float) -> None:
         """Take what may rank among the first ``k`` from one chunk, with its exact score."""
-        # |fl(x.y) - x.y| <= gamma_n |x||y|, gamma_n about n 2^-24 (Higham 2002, 3.5); twice that for the query's cast
-        slack = 4 * len(self.query) * 2.0**-24 * float(np.linalg.norm(self.query)) * float(largest)
+        slack = _slack(self.query, largest)
         floor = -np.inf
         if len(products) > self.k:
             floor = float(np.partition(products, -self.k)[-self.k])

@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,8 +22,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from experts.errors import DataError
 from experts.files import open_regular, write_atomic
 from experts.strict import load_json
+from pipelines.retrieval.search import check_lengths
 
-__all__ = ["Listing", "Segment", "SegmentInfo", "damaged", "open_part"]
+__all__ = ["Listing", "Segment", "SegmentInfo", "damaged", "delete_segment", "open_part"]
 
 _HEADER = 128
 """Bytes before the numbers; NumPy aligns its header to 64, and any shape fits."""
@@ -50,6 +51,8 @@ class Listing(BaseModel):
 
     ids: list[str]
     owners: list[str | None]
+    matrix_sha256: str | None = None
+    """Of ``NAME.npy``; None in indexes of earlier versions."""
     faiss_sha256: str | None = None
     """Of ``NAME.faiss``, where faiss keeps the rows."""
 
@@ -109,6 +112,7 @@ class Segment:
         ids: Of the rows.
         owners: Of the rows.
         rows: float32 ``(documents, dimension)``, mapped read-only.
+        sha256: Of the file of the rows; None where an earlier version wrote it.
     """
 
     folder: Path
@@ -116,10 +120,11 @@ class Segment:
     ids: Sequence[str]
     owners: Sequence[str | None]
     rows: NDArray[np.float32]
+    sha256: str | None
 
     @classmethod
     def open(cls, folder: Path, info: SegmentInfo, *, dimension: int) -> Segment:
-        """Map a segment.
+        """Map a segment, without reading its rows; `verify` reads them.
 
         Raises:
             DataError: It is damaged.
@@ -127,7 +132,14 @@ class Segment:
         """
         listing = Listing.read(folder, info)
         rows = _map(folder, f"{info.name}.npy", (info.documents, dimension))
-        return cls(folder=folder, info=info, ids=listing.ids, owners=listing.owners, rows=rows)
+        return cls(
+            folder=folder,
+            info=info,
+            ids=listing.ids,
+            owners=listing.owners,
+            rows=rows,
+            sha256=listing.matrix_sha256,
+        )
 
     @classmethod
     def write(
@@ -152,26 +164,25 @@ class Segment:
             DataError: An id is no Unicode text, or another process swept the files away; none is left then.
         """
         name = f"segment-{secrets.token_hex(8)}"
-        matrix = folder / f"{name}.npy"
         try:
-            with matrix.open("xb") as stream:
-                stream.write(_header((len(ids), dimension)))
-                for chunk in chunks:
-                    stream.write(np.ascontiguousarray(chunk, dtype="<f4").data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            data = json.dumps({"ids": list(ids), "owners": list(owners)}).encode()
+            digest = _write_rows(folder / f"{name}.npy", chunks, (len(ids), dimension))
+            data = json.dumps({"ids": list(ids), "owners": list(owners), "matrix_sha256": digest}).encode()
             write_atomic(folder / f"{name}.json", data)
             info = SegmentInfo(name=name, documents=len(ids), ids_sha256=hashlib.sha256(data).hexdigest())
             return cls.open(folder, info, dimension=dimension)
         except FileNotFoundError:
-            _delete(folder, name)
+            delete_segment(folder, name)
             raise DataError(
                 f"Another process changed {folder} meanwhile. Nothing was written; do it again."
             ) from None
         except BaseException:
-            _delete(folder, name)
+            delete_segment(folder, name)
             raise
+
+    @property
+    def path(self) -> Path:
+        """Of the rows."""
+        return self.folder / f"{self.info.name}.npy"
 
     @property
     def names(self) -> tuple[str, str]:
@@ -179,26 +190,75 @@ class Segment:
         return f"{self.info.name}.npy", f"{self.info.name}.json"
 
     def chunks(self) -> Iterator[NDArray[np.float32]]:
-        """The rows in pieces that fit into little memory."""
+        """Yield all rows in pieces that fit into little memory; in the end, say whether they are what was written.
+
+        Whoever writes the pieces elsewhere keeps the result only when this has ended, so that damage never gets a
+        digest of its own.
+
+        Raises:
+            DataError: They are not, or, where an earlier version wrote no digest, a vector cannot be compared.
+        """
         step = max(1, _CHUNK_BYTES // (4 * self.rows.shape[1]))
+        digest = hashlib.sha256(_header(self.rows.shape))
         for start in range(0, len(self.ids), step):
-            yield self.rows[start : start + step]
+            part = self.rows[start : start + step]
+            digest.update(part.reshape(-1).data)
+            if self.sha256 is None:
+                check_lengths(part, self.ids[start : start + step], where=str(self.path))
+            yield part
+        if self.sha256 not in (None, digest.hexdigest()):
+            raise damaged(self.folder, f"{self.path.name} is not what was written")
+
+    def verify(self) -> None:
+        """Read all rows, and compare their digest with the one that was noted when they were written.
+
+        Raises:
+            DataError: They are not what was written, or no digest was noted.
+        """
+        if self.sha256 is None:
+            raise DataError(
+                f"{self.folder} cannot be verified: an earlier version wrote {self.path.name}, and noted no digest of "
+                "it. Index the documents again."
+            )
+        for _ in self.chunks():
+            pass
 
     def without(self, gone: Collection[str]) -> Segment:
         """Write the same without some documents; a segment without rows is not written, and has no ids."""
-        kept = [row for row, key in enumerate(self.ids) if key not in gone]
-        ids, owners = [self.ids[row] for row in kept], [self.owners[row] for row in kept]
-        dimension = self.rows.shape[1]
-        if not kept:
-            return Segment(folder=self.folder, info=self.info, ids=(), owners=(), rows=self.rows[:0])
-        step = max(1, _CHUNK_BYTES // (4 * dimension))
-        chunks = (self.rows[kept[start : start + step]] for start in range(0, len(kept), step))
-        return Segment.write(self.folder, ids, owners, chunks, dimension=dimension)
+        kept = np.array([key not in gone for key in self.ids])
+        if not kept.any():
+            return replace(self, ids=(), owners=(), rows=self.rows[:0])
+        ids = [key for key, keep in zip(self.ids, kept, strict=True) if keep]
+        owners = [owner for owner, keep in zip(self.owners, kept, strict=True) if keep]
+
+        def chunks() -> Iterator[NDArray[np.float32]]:
+            start = 0
+            for part in self.chunks():
+                yield part[kept[start : start + len(part)]]
+                start += len(part)
+
+        return Segment.write(self.folder, ids, owners, chunks(), dimension=self.rows.shape[1])
 
 
-def _delete(folder: Path, name: str) -> None:
+def delete_segment(folder: Path, name: str) -> None:
+    """Delete the files of a segment that nothing names."""
     for end in ("npy", "json"):
         (folder / f"{name}.{end}").unlink(missing_ok=True)
+
+
+def _write_rows(path: Path, chunks: Iterator[NDArray[np.float32]], shape: tuple[int, int]) -> str:
+    """Write a matrix durably as its rows come, and return the digest of the file."""
+    header = _header(shape)
+    digest = hashlib.sha256(header)
+    with path.open("xb") as stream:
+        stream.write(header)
+        for chunk in chunks:
+            numbers = np.ascontiguousarray(chunk, dtype="<f4").reshape(-1).data
+            digest.update(numbers)
+            stream.write(numbers)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return digest.hexdigest()
 
 
 def _map(folder: Path, name: str, shape: tuple[int, int]) -> NDArray[np.float32]:
@@ -213,7 +273,7 @@ def _map(folder: Path, name: str, shape: tuple[int, int]) -> NDArray[np.float32]
         return np.memmap(stream, dtype="<f4", mode="r", offset=_HEADER, shape=shape)
 
 
-def _header(shape: tuple[int, int]) -> bytes:
+def _header(shape: tuple[int, ...]) -> bytes:
     """NumPy's format, version 1.0: magic, length of the description, the description, padding, a newline."""
     description = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".encode()
     length = _HEADER - 10
