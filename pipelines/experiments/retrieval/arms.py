@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experts.plugins import PluginTable
-from pipelines.experiments.retrieval.static import static_experts
+from pipelines.experiments.retrieval.republished import experts_of_means, static_experts
 from pipelines.experiments.retrieval.world import Queries, RetrieverWorld, Weights
 
 __all__ = ["ARMS", "OURS", "ArmFunction", "Measured", "Scores"]
@@ -54,6 +54,7 @@ _NAMES = {
     "paper": "paper",
     "coterie": "coterie",
     "coterie_top1": "coterie_top1",
+    "coterie_means": "coterie_means",
     "coterie_one_pass": "coterie_one_pass",
     "coterie_one_pass_soft": "coterie_one_pass_soft",
     "coterie_static_tokens": "coterie_static_tokens",
@@ -225,6 +226,7 @@ def paper(world: RetrieverWorld) -> Results:
 OURS: Mapping[str, Mapping[str, str]] = {
     "coterie": {},
     "coterie_top1": {"selector": "top1"},
+    "coterie_means": {},
     "coterie_one_pass": {"selector": "top1", "route_on": "layer_state"},
     "coterie_one_pass_soft": {"route_on": "layer_state"},
     "coterie_static_tokens": {"selector": "top1", "route_on": "static_tokens"},
@@ -235,21 +237,27 @@ OURS: Mapping[str, Mapping[str, str]] = {
 
 def _ours(world: RetrieverWorld, arm: str) -> Results:
     router = {**world.experiment.router, **OURS[arm]}
-    static = router.get("route_on") == "static_tokens"
-    queries, weights = world.composed_queries(
-        arm, router, experts=static_experts(world) if static else world.experts
-    )
+    if arm == "coterie_means":
+        experts = experts_of_means(world)
+    else:
+        experts = static_experts(world) if router.get("route_on") == "static_tokens" else world.experts
+    queries, weights = world.composed_queries(arm, router, experts=experts)
     return {arm: _measured(world, queries, weights)}
 
 
 def coterie(world: RetrieverWorld) -> Results:
-    """Our default: discriminant analysis from the owners' additive statistics, all experts' vectors fused."""
+    """Our default: discriminant analysis from the owners' sums and second moments, all experts' vectors fused."""
     return _ours(world, "coterie")
 
 
 def coterie_top1(world: RetrieverWorld) -> Results:
     """The same with the best expert alone: two passes a query."""
     return _ours(world, "coterie_top1")
+
+
+def coterie_means(world: RetrieverWorld) -> Results:
+    """Our default where owners keep their second moments, as jobs do below two queries a dimension."""
+    return _ours(world, "coterie_means")
 
 
 def coterie_one_pass(world: RetrieverWorld) -> Results:

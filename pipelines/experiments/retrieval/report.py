@@ -85,6 +85,7 @@ def figures(rows: Sequence[Row], *, owned: Sequence[str]) -> dict[str, list[floa
             "best_single_expert",
             "multi_task_pooled",
             "paper",
+            "coterie_means",
             "coterie_one_pass",
             "coterie_static_tokens",
         )

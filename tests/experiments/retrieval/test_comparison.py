@@ -102,7 +102,7 @@ def test_a_work_folder_of_before_gets_the_new_arms_without_training(
 ) -> None:
     """Neither weights nor what was published change; sums over token embeddings come beside it, from the pairs."""
     from experts.routing_artifacts import RoutingArtifacts
-    from pipelines.experiments.retrieval.static import static_experts
+    from pipelines.experiments.retrieval.republished import static_experts
 
     monkeypatch.setattr("pipelines.train.train_jobs", lambda *_, **__: pytest.fail("trained again"))
     world = RetrieverWorld(comparison, domains, folder=done[0], seed=0)
@@ -117,6 +117,28 @@ def test_a_work_folder_of_before_gets_the_new_arms_without_training(
         added = loaded[1].tensors()
         assert set(added) - set(loaded[0].tensors()) == {"retrieval.static.sum", "retrieval.static.scatter"}
         assert all(np.array_equal(added[name], tensor) for name, tensor in loaded[0].tensors().items())
+
+
+def test_experts_of_means_keep_their_second_moments(
+    done: Done, comparison: RetrieverExperiment, domains: RetrievalData
+) -> None:
+    from experts.routing_artifacts import RoutingArtifacts
+    from pipelines.experiments.retrieval.republished import experts_of_means
+
+    world = RetrieverWorld(comparison, domains, folder=done[0], seed=0)
+    for domain, name in experts_of_means(world).items():
+        card = world.registry.card(name)
+        made = RoutingArtifacts.load(
+            world.registry.files(card)["routing.safetensors"], card.routing
+        ).retrieval
+        assert not made.info.second_moment
+        assert set(made.tensors()) == {
+            "retrieval.embedding.sum",
+            "retrieval.state.sum",
+            "retrieval.pilots",
+        }
+        assert card.files[:-1] == world.registry.card(world.experts[domain]).files[:-1]
+    assert _values(done[1], "coterie_means", "ndcg@10") != _values(done[1], "coterie", "ndcg@10")
 
 
 def test_what_is_written(done: Done, comparison: RetrieverExperiment, tmp_path: Path) -> None:
