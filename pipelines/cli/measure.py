@@ -93,7 +93,9 @@ def evaluate_folder(
     by how much they differ from the whole.
 
     For a composed retriever: nDCG@10, recall and MRR on each test collection; by how much nDCG@10 differs from the
-    base's, with a bootstrap interval and the p-value of a paired randomisation test; and who answered.
+    base's, with a bootstrap interval and the p-value of a paired randomisation test; and who answered. --opt-out
+    leaves out the owner's documents too, as a search does, and queries that only they answer; --leave-one-out leaves
+    out experts alone, so that all arms rank the same documents.
     """
     if leave_one_out and opt_out:
         raise OptionError("--leave-one-out leaves each owner out in turn: give it without --opt-out.")

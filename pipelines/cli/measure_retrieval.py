@@ -5,7 +5,7 @@ Knows how to name collections and print numbers; they are computed by ``pipeline
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from pipelines.retrieval.metrics import METRICS
 
 if TYPE_CHECKING:
     from composer.lock import Lock
+    from pipelines.retrieval.collection import Collection as Test
     from pipelines.retrieval.evaluation import CollectionScore
     from registry import Registry
 
@@ -42,8 +43,8 @@ def evaluate_retriever(
         out: The composed folder.
         lock: Of it.
         folders: Folder of a collection by its name.
-        opt_out: Owners to leave out.
-        leave_one_out: Whether to measure without each owner too.
+        opt_out: Owners whose experts and documents are left out.
+        leave_one_out: Whether to measure without each owner's experts too.
         heatmap: A picture to draw who answers into.
         batch_size: Texts encoded at once.
         device: Where the model runs; ``auto`` is understood.
@@ -53,18 +54,19 @@ def evaluate_retriever(
     Raises:
         CoterieError: A collection is damaged, or an owner is unknown.
     """
-    from composer.optout import check_owners
     from pipelines.retrieval.collection import read_collection
 
-    check_owners(set(opt_out), lock.composed_owners)
-    tests = [read_collection(folder, name=name) for name, folder in folders.items()]
+    whole = [read_collection(folder, name=name) for name, folder in folders.items()]
+    left_out = _left_out(opt_out, lock, whole, registry)
+    tests = [_without(test, left_out) for test in whole]
 
     from pipelines.retrieval.encoders import open_encoder
     from pipelines.retrieval.evaluation import evaluate
     from pipelines.retrieval.evaluation import leave_one_out as each_left_out
 
     with quiet_transformers(), count_bar("Encoding", unit="documents") as progress:
-        encoder = open_encoder(out, opt_out=opt_out, registry=registry, device=_device(device))
+        experts = left_out.intersection(lock.composed_owners)
+        encoder = open_encoder(out, opt_out=experts, registry=registry, device=_device(device))
         if leave_one_out:
             arms = each_left_out(encoder, tests, batch_size=batch_size, progress=progress)
         else:
@@ -76,14 +78,40 @@ def evaluate_retriever(
             )
     if heatmap is not None:
         _draw(arms["composed"], heatmap)
-    left_out = sorted(set(lock.owners) - set(encoder.owners))
     if as_json:
-        plain = {arm: _plain(scores, left_out) for arm, scores in arms.items()}
+        plain = {arm: _plain(scores, sorted(left_out)) for arm, scores in arms.items()}
         print_json(plain if leave_one_out else plain["composed"])
         return
     _print_scores(arms["composed"])
     if leave_one_out:
         _print_arms(arms)
+
+
+def _left_out(
+    opt_out: Collection[str], lock: Lock, tests: Sequence[Test], registry: Registry
+) -> frozenset[str]:
+    """Check names against owners of experts, their parents and documents; add who has opted out in the registry."""
+    from composer.optout import check_owners
+
+    known = {document.owner for test in tests for document in test.documents if document.owner}
+    known.update(lock.composed_owners)
+    revoked = {entry.owner for entry in registry.opt_outs()}
+    check_owners(set(opt_out) - revoked, known)
+    return frozenset(known.intersection({*opt_out, *revoked}))
+
+
+def _without(test: Test, left_out: Collection[str]) -> Test:
+    """Leave owners' documents out, and say how much that is."""
+    from pipelines.retrieval.collection import without_owners
+
+    kept = without_owners(test, left_out)
+    if gone := len(test.documents) - len(kept.documents):
+        unanswered = len(test.queries) - len(kept.queries)
+        note(
+            f"Note: {gone} of {len(test.documents)} documents of {test.name} are left out with their owners, and "
+            f"{unanswered} of {len(test.queries)} queries, which only they answer."
+        )
+    return kept
 
 
 def refuse_idle_options(**given: object) -> None:

@@ -97,7 +97,8 @@ class CoterieEncoder:
     Args:
         encoder: The model.
         name: Under which results are kept.
-        opt_out: Owners who must not answer queries.
+        opt_out: Owners who must not answer queries. Their documents are the task's: see
+            `pipelines.retrieval.collection.without_owners`.
 
     Raises:
         OptOutError: ``opt_out`` is no collection of names.

@@ -6,6 +6,7 @@ Knows files and what may be wrong with them; knows nothing of models.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection as Owners
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader, RawIOBase
@@ -13,6 +14,7 @@ from itertools import count
 from pathlib import Path
 from typing import cast
 
+from composer.optout import owner_names
 from experts.errors import CoterieError, DataError
 from experts.files import open_regular
 from experts.names import check_owner_name, unknown_name
@@ -25,6 +27,7 @@ __all__ = [
     "read_corpus",
     "read_judgements",
     "read_queries",
+    "without_owners",
 ]
 
 _DOCUMENT_KEYS = ("_id", "id", "title", "text", "owner", "metadata", "url")
@@ -102,6 +105,44 @@ def read_collection(folder: Path, *, name: str | None = None) -> Collection:
         queries={query: queries[query] for query in judgements},
         judgements=judgements,
     )
+
+
+def without_owners(collection: Collection, owners: Owners[str]) -> Collection:
+    """Return the collection that these owners' documents never were in.
+
+    Judgements of the documents leave with them, and so do queries to which only they were relevant: nothing that is
+    left could answer those.
+
+    Raises:
+        DataError: No query is left.
+        OptOutError: ``owners`` is no collection of names.
+    """
+    left_out = owner_names(owners)
+    gone = {document.id for document in collection.documents if document.owner in left_out}
+    if not gone:
+        return collection
+    judgements = {
+        query: {document: grade for document, grade in judged.items() if document not in gone}
+        for query, judged in collection.judgements.items()
+        if not _relevant(judged) or _relevant(judged) - gone
+    }
+    if not judgements:
+        whose = {document.owner for document in collection.documents if document.owner in left_out}
+        raise DataError(
+            f"Every query of the collection '{collection.name}' is answered by documents of "
+            f"{', '.join(sorted(filter(None, whose)))} alone, so nothing is left to measure without them. Leave the "
+            "collection out."
+        )
+    return Collection(
+        name=collection.name,
+        documents=tuple(document for document in collection.documents if document.id not in gone),
+        queries={query: collection.queries[query] for query in judgements},
+        judgements=judgements,
+    )
+
+
+def _relevant(judged: Mapping[str, int]) -> set[str]:
+    return {document for document, grade in judged.items() if grade >= 1}
 
 
 def read_corpus(path: Path) -> tuple[Document, ...]:

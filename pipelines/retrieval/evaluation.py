@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from composer.optout import owner_names
+from composer.optout import check_owners, owner_names
 from pipelines.retrieval import collection as collections
 from pipelines.retrieval.encoders import Encoder, Route
 from pipelines.retrieval.metrics import METRICS, measure
@@ -59,14 +59,25 @@ def evaluate(
     Args:
         encoder: The model.
         tests: Collections with names of their own.
-        opt_out: Owners who must not answer.
+        opt_out: Owners whose experts must not answer and whose documents must not be found: the result is that of a
+            model and of collections without them, see `pipelines.retrieval.collection.without_owners`.
         batch_size: Texts encoded at once.
         progress: Told how many documents are encoded.
 
     Returns:
         Results by the collection's name.
+
+    Raises:
+        DataError: A collection has nothing left to measure.
+        OptOutError: ``opt_out`` is no collection of names.
+        UnknownNameError: ``opt_out`` names somebody who has neither an expert nor a document.
     """
-    (scores,) = _arms(encoder, tests, [owner_names(opt_out)], batch_size=batch_size, progress=progress)
+    left_out = owner_names(opt_out)
+    owners = {document.owner for test in tests for document in test.documents if document.owner}
+    check_owners(left_out, owners.union(encoder.known))
+    kept = [collections.without_owners(test, left_out) for test in tests]
+    experts = left_out.intersection(encoder.known)
+    (scores,) = _arms(encoder, kept, [experts], batch_size=batch_size, progress=progress)
     return scores
 
 
@@ -79,7 +90,8 @@ def leave_one_out(
 ) -> dict[str, dict[str, CollectionScore]]:
     """Measure the whole (``composed``) and, in turn, without each owner (``without OWNER``).
 
-    Owners are also those from whose experts others were made, which leave with them.
+    Owners are also those from whose experts others were made, which leave with them. Documents stay in every arm: what
+    is compared is who answers the same queries on the same documents.
     """
     sets = [(), *((owner,) for owner in encoder.involved)]
     names = ["composed", *(f"without {owner}" for owner in encoder.involved)]

@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,8 @@ def test_values_are_those_of_a_search_by_hand(encoder: Encoder, collections: Pat
 
 
 def test_leaving_everybody_out_is_the_base(encoder: Encoder, collections: Path) -> None:
-    tests = [read_collection(collections / "acme")]
+    test = read_collection(collections / "acme")
+    tests = [replace(test, documents=[replace(document, owner=None) for document in test.documents])]
     score = evaluate(encoder, tests, opt_out=OWNERS)["acme"]
     assert score.metrics == score.base
     assert score.against_base.p_value == 1.0
@@ -112,6 +114,99 @@ def test_evaluate_prints_and_draws(
     assert set(found) == {"composed", *(f"without {owner}" for owner in OWNERS)}
     assert found["without acme"]["collections"]["acme"]["queries"] == 8
     assert 0 < found["composed"]["collections"]["bob"]["against_base"]["p_value"] <= 1
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines()
+
+
+@pytest.fixture
+def shared(collections: Path, tmp_path: Path) -> Path:
+    """A collection of documents of acme and bob; two queries are answered by both, six by one of them alone."""
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    for name in ("corpus", "queries"):
+        rows = [json.loads(line) for o in OWNERS[:2] for line in _lines(collections / o / f"{name}.jsonl")]
+        if name == "queries":
+            rows = [{**row, "_id": f"q{n}"} for n, row in enumerate(rows[:8])]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judged = [(f"q{n}", f"{'acme' if n % 2 else 'bob'}-{n}") for n in range(8)]
+    judged += [("q1", "bob-1"), ("q2", "acme-2"), ("q3", "zero")]
+    corpus = folder / "corpus.jsonl"
+    corpus.write_text(corpus.read_text() + json.dumps({"_id": "zero", "text": "duba", "owner": "yan"}) + "\n")
+    (folder / "qrels.tsv").write_text("".join(f"{q}\t{d}\t{int(d != 'zero')}\n" for q, d in judged))
+    return folder
+
+
+def _written_without(folder: Path, owner: str, out: Path) -> Path:
+    """The same files without an owner's lines, and without the queries that only they answer."""
+    out.mkdir()
+    rows = [json.loads(line) for line in _lines(folder / "corpus.jsonl")]
+    kept = {row["_id"]: row for row in rows if row["owner"] != owner}
+    (out / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept.values()))
+    shutil.copy(folder / "queries.jsonl", out)
+    judged = [line.split("\t") for line in _lines(folder / "qrels.tsv")]
+    answered = {query for query, document, grade in judged if document in kept and grade == "1"}
+    lines = ["\t".join(row) + "\n" for row in judged if row[1] in kept and row[0] in answered]
+    (out / "qrels.tsv").write_text("".join(lines))
+    return out
+
+
+@pytest.mark.parametrize(("owner", "queries", "documents"), [("acme", 5, 20), ("bob", 5, 20), ("yan", 8, 1)])
+def test_whoever_is_left_out_is_not_found_either(
+    run: Callable[..., Any],
+    composed: Path,
+    encoder: Encoder,
+    shared: Path,
+    tmp_path: Path,
+    owner: str,
+    queries: int,
+    documents: int,
+) -> None:
+    """As if neither the owner's expert nor the owner's documents had ever been there; yan has documents alone."""
+    without = _written_without(shared, owner, tmp_path / "without")
+    left = encoder.known if owner != "yan" else ()
+    expected = evaluate(
+        open_encoder(composed, opt_out={owner}.intersection(left)), [read_collection(without, name="c")]
+    )
+    assert expected["c"].queries == queries
+    outcome = run("evaluate", composed, "--data", f"c={shared}", "--opt-out", owner, "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json == json.loads(
+        json.dumps({"opt_out": [owner], "collections": {"c": asdict(expected["c"])}})
+    )
+    assert outcome.err.splitlines()[-1] == (
+        f"Note: {documents} of 41 documents of c are left out with their owners, and {8 - queries} of 8 queries, which "
+        "only they answer."
+    )
+    asked = evaluate(encoder, [read_collection(shared, name="c")], opt_out={owner})["c"]
+    assert (asked.metrics, asked.base) == (expected["c"].metrics, expected["c"].base)
+    whole = evaluate(encoder, [read_collection(shared, name="c")])["c"]
+    assert (whole.base == asked.base) == (owner == "yan"), "the control: there is a difference"
+    arms = leave_one_out(encoder, [read_collection(shared, name="c")])
+    assert {arm["c"].queries for arm in arms.values()} == {8}, "documents stay where experts are compared"
+
+
+def test_a_ledger_leaves_documents_out_too(
+    run: Callable[..., Any], composed: Path, shared: Path, pico: Any, tmp_path: Path
+) -> None:
+    from registry import Registry
+
+    registry = Registry(shutil.copytree(pico.retriever_library().path, tmp_path / "registry"))
+    asked = run("evaluate", composed, "--data", f"c={shared}", "--opt-out", "acme", "--json").json
+    registry.opt_out("acme", reason="left")
+    for more in ((), ("--opt-out", "acme")):
+        found = run("evaluate", composed, "--data", f"c={shared}", *more, "--json", registry=registry.path)
+        assert found.json == asked
+
+
+def test_nothing_left_to_measure_is_said(run: Callable[..., Any], composed: Path, collections: Path) -> None:
+    outcome = run("evaluate", composed, "--data", f"c={collections / 'acme'}", "--opt-out", "acme")
+    assert (outcome.code, outcome.err) == (
+        2,
+        "Error: Every query of the collection 'c' is answered by documents of acme alone, so nothing is left to "
+        "measure without them. Leave the collection out.\n",
+    )
 
 
 def test_search_says_who_answered(

@@ -195,6 +195,22 @@ def test_search_is_that_of_a_model_and_an_index_without_the_owner(
     assert whole["weights"] != expected["weights"], "the control: there is a difference"
 
 
+def test_a_measurement_says_who_was_left_out(
+    compose: Any, run: Any, texts: list[str], tmp_path: Path
+) -> None:
+    """Acme was, and has no expert of its own; bob was not, although bob's expert is gone."""
+    collection = _collection(texts, owners=False)
+    for name, rows in (
+        ("corpus", [{"_id": document.id, "text": document.text} for document in collection.documents]),
+        ("queries", [{"_id": query, "text": text} for query, text in collection.queries.items()]),
+    ):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "qrels.tsv").write_text("".join(f"q{n}\td{n}\t1\n" for n in range(len(texts))))
+    data = ("--data", f"c={tmp_path}")
+    found = run("evaluate", compose(PAIR), *data, "--opt-out", "acme")
+    assert found == {**run("evaluate", compose(LEFT[PAIR]), *data), "opt_out": ["acme"]}
+
+
 def test_an_owner_of_documents_alone_takes_no_expert_along(
     compose: Any, run: Any, texts: list[str], tmp_path: Path
 ) -> None:
