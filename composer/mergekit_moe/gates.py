@@ -1,21 +1,21 @@
 """Router rows as mergekit-moe makes them: from prompts through the base model, from embeddings, or by chance.
 
-One vector an expert and layer. Knows tokenizers and hidden states; knows nothing of where the rows are written.
+One vector an expert and layer. Knows embeddings and hidden states; knows nothing of where the rows are written.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from composer.mergekit_moe.manifest import PROMPTED, MoEExpert
 from composer.mergekit_moe.matrices import read_rows
-from experts.errors import DataError
+from composer.mergekit_moe.tokens import Batch, read_prompts, read_tokenizer
 
 if TYPE_CHECKING:
     from composer.mergekit_moe.planning import MoEPlan
@@ -28,8 +28,6 @@ DEGENERATE = 5.0
 
 _SMALLEST = 1e-8
 """Norms below it count as this."""
-
-Batch = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +57,8 @@ def make_gates(plan: MoEPlan) -> Gates:
     """Make the rows that a plan asks for.
 
     Raises:
-        DataError: A prompt has no tokens.
+        AdmissionError: The base's tokenizer cannot be read.
+        DataError: It makes no usable tokens of a prompt.
     """
     manifest = plan.manifest
     shared = [] if manifest.shared is None else [manifest.shared]
@@ -84,12 +83,13 @@ def _drawn(plan: MoEPlan, count: int) -> Tensor:
 
 def _asked(plan: MoEPlan, experts: Sequence[MoEExpert]) -> Tensor:
     """Return ``normalise(mean over positive prompts - mean over negative prompts)`` for each expert."""
-    tokenizer = _tokenizer(plan.base)
+    tokenizer = read_tokenizer(plan.base)
     questions: list[tuple[int, int, Batch]] = []
     for number, expert in enumerate(experts):
         for sign, prompts in ((1, expert.positive_prompts), (-1, expert.negative_prompts)):
             if prompts:
-                questions.append((number, sign, _tokens(tokenizer, prompts)))
+                batch = read_prompts(tokenizer, prompts, vocabulary=plan.base.vocabulary)
+                questions.append((number, sign, batch))
     answers = _summaries(plan)([batch for _, _, batch in questions])
     vectors: dict[int, Tensor] = {}
     for (number, sign, _), answer in zip(questions, answers, strict=True):
@@ -101,32 +101,6 @@ def _asked(plan: MoEPlan, experts: Sequence[MoEExpert]) -> Tensor:
 def _normalised(rows: Tensor) -> Tensor:
     norms: Tensor = rows.norm(p=2, dim=-1, keepdim=True)
     return rows / norms.clamp(min=_SMALLEST)
-
-
-def _tokenizer(base: SourceModel) -> Any:
-    """Return the base's tokenizer, padding on the left with the beginning or the end of a text."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(base.folder, local_files_only=True)
-    tokenizer.padding_side = "left"
-    tokenizer.pad_token_id = tokenizer.bos_token_id
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def _tokens(tokenizer: Any, prompts: Sequence[str]) -> Batch:
-    texts = [(tokenizer.bos_token or "") + prompt for prompt in prompts]
-    if tokenizer.pad_token is None and len({len(ids) for ids in tokenizer(texts).input_ids}) > 1:
-        raise DataError(
-            "The base's tokenizer has neither a beginning nor an end of a text to pad prompts with."
-        )
-    batch: Batch = tokenizer(
-        texts, return_tensors="pt", padding=tokenizer.pad_token is not None, add_special_tokens=False
-    )
-    if batch["input_ids"].shape[1] == 0:
-        raise DataError(f"The base's tokenizer makes no token of the prompts {list(prompts)}.")
-    return dict(batch)
 
 
 def _summaries(plan: MoEPlan) -> Callable[[Sequence[Batch]], list[Tensor]]:

@@ -24,6 +24,7 @@ from composer.mergekit_moe.completeness import trunk_problems
 from composer.mergekit_moe.families import FAMILIES, Family, Layout, matching
 from composer.mergekit_moe.manifest import PROMPTED, MoEManifest
 from composer.mergekit_moe.sources import SourceModel, Sources
+from composer.mergekit_moe.tokens import tokenizer_problems
 from experts.errors import PlanError
 from experts.files import capped
 from experts.names import unknown_name
@@ -174,6 +175,8 @@ def plan_moe(
     account = Account(base, experts, shared)
     if family is not None:
         problems += account.problems(family) + trunk_problems(base, account.trunk, family)
+    if manifest.gate_mode in PROMPTED:
+        problems += tokenizer_problems(base)
     widths = sorted({expert.width for expert in experts})
     if len(widths) > 1 and not pad:
         problems.append(

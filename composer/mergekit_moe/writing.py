@@ -55,7 +55,8 @@ def build_moe(
 
     Raises:
         BuildError: ``out`` exists or cannot be written. Nothing is left behind.
-        DataError: A prompt has no tokens.
+        AdmissionError: The base's tokenizer cannot be read.
+        DataError: It makes no usable tokens of a prompt.
     """
     from composer.mergekit_moe.gates import make_gates
 

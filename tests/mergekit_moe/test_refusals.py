@@ -17,6 +17,7 @@ from experts.errors import (
     AssetError,
     BuildError,
     CoterieError,
+    DataError,
     ManifestError,
     PlanError,
     UnknownNameError,
@@ -480,6 +481,61 @@ def test_phi3_of_another_number_of_heads(config_of: Any, make_model: Any, tmp_pa
     assert message(AdmissionError, plan_moe, parse(config)) == (
         f"{base}: {name} has 80 rows, its config.json says 64."
     )
+
+
+# ---------------------------------------------------------------- tokenizers and prompts
+
+
+def test_a_base_without_a_tokenizer(config_of: Any, make_model: Any, built: Any) -> None:
+    base = str(make_model(tokens=False))
+    for mode in ("hidden", "cheap_embed"):
+        config = {**config_of(gate_mode=mode), "base_model": base}
+        assert problems_of(config) == [
+            f"{base}: has no tokenizer to read the prompts with; save the tokenizer beside the model, or write a "
+            "random gate_mode"
+        ]
+    assert built({**config, "gate_mode": "uniform_random"})  # which reads no prompts
+
+
+def test_a_tokenizer_that_cannot_be_read(config_of: Any, make_model: Any, tmp_path: Path) -> None:
+    from composer.mergekit_moe.writing import build_moe
+
+    base = Path(shutil.copytree(make_model(), tmp_path / "base"))
+    whole = (base / "tokenizer.json").read_bytes()
+    config = {**config_of(gate_mode="cheap_embed"), "base_model": str(base)}
+    (base / "tokenizer.json").write_bytes(whole[:1000])
+    (problem,) = problems_of(config)
+    assert problem.startswith(f"{base}: its tokenizer.json cannot be read (EOF while parsing ")
+    assert problem.endswith("); save the tokenizer beside the model, or write a random gate_mode")
+    (base / "tokenizer.json").write_bytes(whole)
+    (base / "tokenizer_config.json").write_text('{"tokenizer_class":')
+    text = message(AdmissionError, build_moe, plan_moe(parse(config)), tmp_path / "out")
+    assert text.startswith(f"{base}: transformers cannot read its tokenizer (")
+    assert text.endswith("); save the tokenizer beside the model, or write a random gate_mode.")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+
+
+@pytest.mark.parametrize("mode", ["hidden", "cheap_embed"])
+def test_prompts_that_are_no_tokens_of_the_base(
+    mode: str, config_of: Any, make_model: Any, tmp_path: Path
+) -> None:
+    from composer.mergekit_moe.writing import build_moe
+
+    small = {"vocab_size": 60}
+    config = config_of(gate_mode=mode, model=small)
+    config["experts"][0]["positive_prompts"] = ["~~~"]
+    text = message(DataError, build_moe, plan_moe(parse(config)), tmp_path / "out")
+    assert text.startswith("The base's tokenizer makes token ")
+    assert text.endswith(
+        " of the prompts ['~~~'], and the base has embeddings of 60 tokens only. Take the tokenizer that belongs to "
+        "the model."
+    )
+    config = config_of(gate_mode=mode)
+    config["experts"][1]["negative_prompts"] = ["x", ""]  # the second would be read as nothing but padding
+    assert message(DataError, build_moe, plan_moe(parse(config)), tmp_path / "out") == (
+        "The base's tokenizer makes no token of the prompts ['']."
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------- nothing half-written
