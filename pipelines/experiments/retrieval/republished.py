@@ -89,7 +89,10 @@ def _with_static(
 def _without_second_moments(
     world: RetrieverWorld, domain: str, published: RetrievalArtifacts, base: ResolvedBase
 ) -> RetrievalArtifacts:
-    places = {"embedding": published.embedding, "state": published.state, "static": published.static}
-    kept = {place: None if sums is None else replace(sums, scatter=None) for place, sums in places.items()}
-    info = published.info.model_copy(update={"second_moment": False})
-    return replace(published, info=info, **kept)
+    return replace(
+        published,
+        info=published.info.model_copy(update={"second_moment": False}),
+        embedding=replace(published.embedding, scatter=None),
+        state=published.state and replace(published.state, scatter=None),
+        static=published.static and replace(published.static, scatter=None),
+    )
