@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from composer.lock import OptOutClass
 from composer.manifest import Manifest, RouterSpec, TrunkSpec, UpcycleSpec
-from composer.merging import AVERAGE, METHODS, merge_problems
+from composer.merge_methods import AVERAGE, METHODS, merge_problems
 from composer.recipes.base import Candidate, Recipe, unsupported_kinds
 from composer.recipes.upcycled import left_out
 from experts.base import BaseDescription

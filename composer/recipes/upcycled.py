@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from composer.lock import OptOutClass
 from composer.manifest import AttentionSpec, Manifest, RouterSpec, TrunkSpec, UpcycleSpec
-from composer.merging import merge_problems
+from composer.merge_methods import merge_problems
 from composer.recipes.base import Candidate, Recipe, prompt_problems, unsupported_kinds
 from composer.recipes.routers import router_problems
 from composer.upcycling.partition import Partition, partition

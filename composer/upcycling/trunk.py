@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from composer.manifest import TrunkSpec
-from composer.merging import BASE, merge_problems, merge_tensors
+from composer.merge_methods import BASE, merge_problems
+from composer.merging import merge_tensors
 from experts.errors import BuildError
 from experts.files import capped
 

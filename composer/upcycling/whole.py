@@ -15,8 +15,9 @@ from torch import Tensor
 
 from composer.layers.install import ExpertSource
 from composer.manifest import TrunkSpec
-from composer.merging import METHODS, merge_tensors
-from composer.upcycling.trunk import copies, places, unlike_copies
+from composer.merge_methods import METHODS
+from composer.merging import merge_tensors
+from composer.upcycling.trunk import copies, places, reduced, unlike_copies
 from experts.kinds.lora import lora_tensor_names
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ def merge_whole(model: ComposedForCausalLM, members: Members) -> None:
         members: At least one.
 
     Raises:
-        BuildError: A tensor has no place, or a model has two different ones for one place.
+        BuildError: The method does not merge what is left where somebody is left out, a tensor has no place, or a model
+            has two different ones for one place.
     """
     spec = members.lock.upcycle
     assert spec is not None, "the plan wrote it out"
@@ -47,15 +49,16 @@ def merge_whole(model: ComposedForCausalLM, members: Members) -> None:
     sources = [ExpertSource(member, members.description) for member in members.experts]
     names = _wanted(model, members, sources)
     with_base = bool(spec.seed_expert) or METHODS[spec.trunk.method].base == "needed"
+    trunk = reduced(spec.trunk, [source.member.locked.name for source in sources], with_base=with_base)
     with torch.no_grad():
         for name, target in places(model.base, names).items():
             own = target.detach().cpu()
             merged = merge_tensors(
                 {source.member.locked.name: _dense(source, name, own) for source in sources},
-                method=spec.trunk.method,
+                method=trunk.method,
                 base=own if with_base else None,
-                weights=spec.trunk.weights,
-                parameters=spec.trunk.parameters,
+                weights=trunk.weights,
+                parameters=trunk.parameters,
                 name=name,
             )
             target.copy_(merged)

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from composer.merging import AVERAGE, COUNTS, METHODS, SWITCHES, merge_problems, merge_tensors
+from composer.merge_methods import AVERAGE, COUNTS, METHODS, SWITCHES, merge_problems
+from composer.merging import merge_tensors
 
 
 @pytest.fixture(scope="session")
@@ -196,6 +197,65 @@ def test_settings_of_each_model(tensors: dict[str, Any], mergekit: Any) -> None:
             ],
         ),
         (
+            {"method": "average", "weights": {"acme/a": -1.0, "bob/b": 0.0}},
+            ["weights: they sum to 0; their mean is not defined"],
+        ),
+        (
+            {"method": "multislerp", "base": False, "weights": {"acme/a": 1.0, "bob/b": -1.0}},
+            ["weights: they sum to 0; their mean is not defined"],
+        ),
+        (
+            {
+                "method": "linear",
+                "base": False,
+                "weights": {"acme/a": 1.0, "bob/b": -1.0},
+                "parameters": {"normalize": False},
+            },
+            [],
+        ),
+        ({"weights": {"acme/a": 1.0, "bob/b": -1.0}}, []),
+        (
+            {"method": "della", "parameters": {"density": 0.5, "epsilon": 0.9}},
+            [
+                "parameters: method 'della' has density 0.5 and epsilon 0.9; density - epsilon must be above 0 and "
+                "density + epsilon below 1, unless density is 1"
+            ],
+        ),
+        (
+            {"method": "della_linear", "parameters": {"density": {"bob/b": 0.9}}},
+            [
+                "parameters: method 'della_linear' has density 0.9 and epsilon 0.15 for bob/b; density - epsilon must "
+                "be above 0 and density + epsilon below 1, unless density is 1"
+            ],
+        ),
+        (
+            {"method": "della", "parameters": {"epsilon": {"acme/a": -0.1}}},
+            ["parameters.epsilon: 'acme/a' is -0.1; a number of at least 0 is needed"],
+        ),
+        (
+            {"method": "breadcrumbs", "parameters": {"density": 0.5, "gamma": 2}},
+            ["parameters: 'gamma' is 2; a number from 0 to 1 is needed"],
+        ),
+        (
+            {"method": "ramplus_tl", "parameters": {"epsilon": 0, "alpha": -1, "r": -1}},
+            [
+                "parameters: 'epsilon' is 0; a number above 0 is needed",
+                "parameters: 'alpha' is -1; a number of at least 0 is needed",
+            ],
+        ),
+        (
+            {"method": "nearswap", "models": ["acme/a"], "parameters": {"t": -0.1}},
+            ["parameters: 't' is -0.1; a number of at least 0 is needed"],
+        ),
+        (
+            {"method": "multislerp", "parameters": {"eps": 0.0}},
+            ["parameters: 'eps' is 0.0; a number above 0 is needed"],
+        ),
+        (
+            {"method": "karcher", "parameters": {"tol": 0.0}},
+            ["parameters: 'tol' is 0.0; a number above 0 is needed"],
+        ),
+        (
             {"method": "karcher", "parameters": {"max_iter": 0, "tol": True}},
             [
                 "parameters: 'max_iter' is 0; a whole number above 0 is needed",
@@ -215,3 +275,67 @@ def test_refusals(arguments: dict[str, Any], problems: list[str]) -> None:
     wanted = {"method": "ties", "models": ["acme/a", "bob/b"], **arguments}
     found = merge_problems(wanted.pop("method"), wanted.pop("models"), **wanted)
     assert [text[: len(start)] for text, start in zip(found, problems, strict=True)] == problems
+
+
+SETTINGS = [
+    *(
+        ("della", {"density": density, "epsilon": epsilon})
+        for density in (0.05, 0.25, 0.5, 0.85, 0.9, 1.0)
+        for epsilon in (0.0, 0.05, 0.1, 0.15, 0.5, 0.9)
+    ),
+    *(("della_linear", {"density": density}) for density in (0.1, 0.15, 0.5, 0.84, 0.85, 0.9)),
+    *(("karcher", {"tol": tol}) for tol in (-1.0, 0.0, 1e-9)),
+    *(("ramplus_tl", {"epsilon": epsilon}) for epsilon in (0, 0.5)),
+    *(("multislerp", {"eps": eps}) for eps in (0.0, 1e-9)),
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"), SETTINGS, ids=lambda value: "-".join(map(str, getattr(value, "values", str)()))
+)
+def test_what_mergekit_cannot_use_is_refused_and_nothing_else(
+    method: str, parameters: dict[str, float], mergekit: Any
+) -> None:
+    """mergekit itself says which settings it merges by: it raises, or gives what is no number, on some tensor."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    random = [torch.randn(6, 8, generator=generator) for _ in range(3)]
+    kinds = [random, [random[0]] * 3, [random[0], torch.zeros(6, 8), random[1]]]
+    needed = METHODS[method].base == "needed"
+    weight = {"weight": 1.0} if METHODS[method].weighted else {}
+
+    def works(tensors: Any) -> bool:
+        try:
+            merged = mergekit.merge_tensors(
+                tensors, method, parameters={**weight, **parameters}, base_index=0 if needed else None
+            )
+        except (ValueError, RuntimeError):
+            return False
+        return bool(merged.isfinite().all())
+
+    problems = merge_problems(method, ["acme/a", "bob/b"], base=needed, parameters=parameters)
+    assert (problems == []) == all(works(tensors) for tensors in kinds), problems
+
+
+def test_default_of_epsilon_is_mergekits(mergekit: Any) -> None:
+    from composer.merge_methods import _DENSITY, _EPSILON
+
+    defaults = {spec.name: spec.default for spec in mergekit.get("della").spec.parameters}
+    assert (defaults["density"], defaults["epsilon"]) == (_DENSITY, _EPSILON)
+
+
+def test_values_that_a_method_cannot_merge_are_bad_input(mergekit: Any) -> None:
+    """Three directions that balance out: no setting tells, so no plan could."""
+    import torch
+
+    from experts.errors import BuildError
+
+    third = 3**0.5 / 2
+    directions = torch.tensor([[1.0, 0.0], [-0.5, third], [-0.5, -third]])
+    with pytest.raises(BuildError) as caught:
+        merge_tensors(dict(zip("abc", directions, strict=True)), method="multislerp", name="norm.weight")
+    assert str(caught.value).startswith(
+        "Method 'multislerp' cannot merge 'norm.weight': The weighted sum of the input tensors is zero."
+    )
+    assert caught.value.exit_code == 2

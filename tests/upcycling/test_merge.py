@@ -38,7 +38,7 @@ def _logits(model: Any, ids: Any, **settings: Any) -> torch.Tensor:
 def test_tensors_are_those_of_mergekits_own_merge(
     method: str, weights: Any, parameters: Any, loaded: Any, pico: Any, tmp_path: Path
 ) -> None:
-    from composer.merging import METHODS
+    from composer.merge_methods import METHODS
 
     names = ("acme/dense", "bob/dense", "zoe/dense")
     spec = {"method": method, "parameters": parameters}

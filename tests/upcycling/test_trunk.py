@@ -297,6 +297,29 @@ def test_kinds_that_other_recipes_compose(pico: Any) -> None:
     ]
 
 
+def test_settings_that_no_load_could_use_are_refused_by_the_plan(pico: Any) -> None:
+    from composer.planning import plan
+
+    spec = {"method": "della", "parameters": {"density": 0.5, "epsilon": 0.9}}
+    for recipe in ("btx", "merge"):
+        with pytest.raises(PlanError) as caught:
+            plan(pico.manifest("dense", recipe=recipe, upcycle={"trunk": spec}), pico.dense_library())
+        assert list(caught.value.problems) == [
+            "upcycle.trunk: parameters: method 'della' has density 0.5 and epsilon 0.9; density - epsilon must be "
+            "above 0 and density + epsilon below 1, unless density is 1"
+        ]
+
+
+def test_what_is_left_of_a_whole_merge_must_be_mergeable(folder: Any) -> None:
+    path = folder("merge", upcycle={"trunk": {"method": "model_stock"}}, experts=("acme/dense", "bob/dense"))
+    with pytest.raises(BuildError) as caught:
+        load(path, opt_out={"acme"})
+    assert str(caught.value) == (
+        "The trunk of bob/dense cannot be merged:\n"
+        "  - method 'model_stock' merges at least 2 models beside the base; 1 given"
+    )
+
+
 def test_what_is_left_must_be_mergeable(folder: Any) -> None:
     weights = {"base": 0.0, "acme/dense": 1.0, "bob/dense": 0.0, "zoe/dense": 0.0}
     path = folder("btx", upcycle={"trunk": {"method": "average", "weights": weights}})
