@@ -12,10 +12,20 @@ from collections.abc import Iterable
 
 from experts.errors import UnknownNameError
 
-__all__ = ["OWNER_PATTERN", "check_expert_name", "check_owner_name", "parse_reference", "unknown_name"]
+__all__ = [
+    "OWNER_PATTERN",
+    "RESERVED_OWNERS",
+    "check_expert_name",
+    "check_owner_name",
+    "parse_reference",
+    "unknown_name",
+]
 
 OWNER_PATTERN = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 """One segment of a name: lower-case letters, digits, ``_``, ``.`` and ``-``, at most 64 characters."""
+
+RESERVED_OWNERS = ("anchor", "base")
+"""What results call the base model beside owners: whoever had such a name would share its weights and columns."""
 
 _REFERENCE = re.compile(r"(?P<name>[^@\s]+?)(?:@(?P<version>\d+|sha256:[0-9a-f]{64}))?")
 
@@ -38,24 +48,34 @@ def unknown_name(what: str, given: str, known: Iterable[str], *, advice: str = "
 
 
 def check_owner_name(owner: str) -> str:
-    """Return ``owner`` if it is well formed, else raise `UnknownNameError`."""
+    """Return ``owner`` if it is well formed and not reserved, else raise `UnknownNameError`."""
     if not OWNER_PATTERN.fullmatch(owner):
         raise UnknownNameError(
             f"'{owner}' is not an owner name: use 1 to 64 lower-case letters, digits, '_', '.' or '-', "
             "starting with a letter or digit."
         )
+    _check_free(owner)
     return owner
 
 
 def check_expert_name(name: str) -> str:
-    """Return ``name`` if it has the form ``owner/expert``, else raise `UnknownNameError`."""
+    """Return ``name`` if it has the form ``owner/expert`` of no reserved owner, else raise `UnknownNameError`."""
     owner, slash, expert = name.partition("/")
     if not slash or not OWNER_PATTERN.fullmatch(owner) or not OWNER_PATTERN.fullmatch(expert):
         raise UnknownNameError(
             f"'{name}' is not an expert name: write owner/expert, for instance 'acme/contracts', each part "
             "1 to 64 lower-case letters, digits, '_', '.' or '-', starting with a letter or digit."
         )
+    _check_free(owner)
     return name
+
+
+def _check_free(owner: str) -> None:
+    if owner in RESERVED_OWNERS:
+        raise UnknownNameError(
+            f"'{owner}' is no name for an owner: results call the base model so. Reserved: "
+            f"{', '.join(RESERVED_OWNERS)}. Choose another name."
+        )
 
 
 def parse_reference(reference: str) -> tuple[str, str | None]:
