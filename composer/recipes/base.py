@@ -161,7 +161,7 @@ def unsupported_kinds(recipe: str, kinds: Sequence[str], experts: Sequence[Candi
 
 
 def prompt_problems(manifest: Manifest) -> list[str]:
-    """Say where prompts are missing, or given to a scorer that is not made of them."""
+    """Say where prompts are missing or blank, or given to a scorer that is not made of them."""
     from composer.routing.scorers import SCORERS
 
     router = manifest.router
@@ -174,8 +174,19 @@ def prompt_problems(manifest: Manifest) -> list[str]:
             f"{name}: prompts are given, but scorer '{router.scorer}' is not made of them; write `scorer: prompts`"
             for name in given
         ]
-    return [
+    kept = [entry for entry in manifest.experts if entry.ref.partition("/")[0] not in manifest.opt_out]
+    lacking = [
         f"{entry.ref}: scorer '{router.scorer}' needs positive_prompts, some texts of the expert's domain"
-        for entry in manifest.experts
-        if not entry.positive_prompts and entry.ref.partition("/")[0] not in manifest.opt_out
+        for entry in kept
+        if not entry.positive_prompts
+    ]
+    texts = {"router.public_prompts": router.public_prompts}
+    for entry in kept:
+        texts[f"{entry.ref}: positive_prompts"] = entry.positive_prompts
+        texts[f"{entry.ref}: negative_prompts"] = entry.negative_prompts
+    return lacking + [
+        f"{where}[{number}] is {text!r}; some text is needed, since a row is made of its words"
+        for where, prompts in texts.items()
+        for number, text in enumerate(prompts)
+        if not text.strip()
     ]

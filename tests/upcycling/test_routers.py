@@ -171,12 +171,60 @@ def test_refusals(pico: Any) -> None:
         "acme/dense: scorer 'prompts' needs positive_prompts, some texts of the expert's domain"
     ]
 
+    def with_blank_prompts(manifest: Any) -> Any:
+        first, second, third = manifest["experts"]
+        blank = [{**first, "positive_prompts": ["text", ""]}, {**second, "negative_prompts": [" \n"]}, third]
+        return {**manifest, "experts": blank, "router": {"scorer": "prompts", "public_prompts": ["\t"]}}
+
+    needed = "some text is needed, since a row is made of its words"
+    for recipe in ("btx", "bam"):
+        assert problems(recipe, with_blank_prompts) == [
+            rf"router.public_prompts[0] is '\t'; {needed}",
+            f"acme/dense: positive_prompts[1] is ''; {needed}",
+            rf"bob/dense: negative_prompts[0] is ' \n'; {needed}",
+        ]
+
     def other_scorer(manifest: Any) -> Any:
         return {**manifest, "experts": manifest["experts"][:1], "router": {"scorer": "random"}}
 
     assert problems("bam", other_scorer) == [
         "acme/dense: prompts are given, but scorer 'random' is not made of them; write `scorer: prompts`"
     ]
+
+
+def test_blank_prompts_of_somebody_who_joins(pico: Any, folder: Any) -> None:
+    import shutil
+
+    from composer.editing import plan_change
+
+    path = shutil.copytree(
+        folder("btx", scorer="prompts", experts=("acme/dense", "bob/dense")), pico.scratch("joined")
+    )
+    with pytest.raises(PlanError) as caught:
+        plan_change(path, add=["zoe/dense"], registry=pico.dense_library(), prompts=["  "])
+    assert list(caught.value.problems) == [
+        "zoe/dense: positive_prompts[0] is '  '; some text is needed, since a row is made of its words"
+    ]
+
+
+def test_prompts_without_tokens(folder: Any, pico: Any) -> None:
+    """Text that a tokenizer makes nothing of; only its own rules tell."""
+    import json
+    import shutil
+    from pathlib import Path
+
+    from experts.errors import BuildError
+
+    path = Path(shutil.copytree(folder("btx", scorer="prompts"), pico.scratch("stripped")))
+    rules = json.loads((path / "tokenizer.json").read_text())
+    rules["normalizer"] = {"type": "Replace", "pattern": {"Regex": r"[\s\S]+"}, "content": ""}
+    (path / "tokenizer.json").unlink()
+    (path / "tokenizer.json").write_text(json.dumps(rules))
+    with pytest.raises(BuildError) as caught:
+        load(path)
+    assert str(caught.value) == (
+        f"acme/dense: the prompt {pico.prompt(1)!r} has no tokens, so no row can be made of it. Write some text."
+    )
 
 
 def test_sums_that_nobody_published(pico: Any) -> None:
