@@ -1,6 +1,7 @@
-"""The index kept by faiss (extra ``faiss``), behind the same four methods as the default.
+"""The index kept by faiss (extra ``faiss``), behind the same methods as the default.
 
-Knows faiss's flat inner-product index and its file; ids and owners stand beside it. Scores are faiss's, in float32.
+Knows faiss's flat inner-product index and its file; ids and owners stand beside it. Faiss chooses candidates by its
+products in float32, and what ranks them is the product of `pipelines.retrieval.search`, so both backends find the same.
 """
 
 from __future__ import annotations
@@ -27,10 +28,25 @@ from pipelines.retrieval.index import (
     checked_rows,
     sweep,
 )
-from pipelines.retrieval.search import Hit, Vectors, check_queries
+from pipelines.retrieval.search import (
+    Hit,
+    Vectors,
+    best_hits,
+    check_lengths,
+    check_queries,
+    error_bound,
+    exact_products,
+    longest,
+)
 from pipelines.retrieval.segment import Listing, SegmentInfo, damaged, open_part
 
 __all__ = ["FaissIndex"]
+
+_MORE = 16
+"""Candidates beyond those asked for, so that few questions are put twice."""
+
+_PIECE = 1 << 14
+"""Rows copied out at once."""
 
 
 def _faiss() -> Any:
@@ -56,8 +72,9 @@ def _unpacked(packed: bytes) -> Any:
 class FaissIndex:
     """Exact search by faiss's ``IndexFlatIP``, held in memory whole.
 
-    Documents that are not allowed are skipped by a selector before any product. Equal scores are ranked by id where
-    they are among the documents that faiss returns.
+    Documents that are not allowed are skipped by a selector before any product. Hits and scores are those of
+    `DocumentIndex`, bit for bit: faiss is asked for more than ``k``, until it says that no other document can be among
+    the first ``k``, whatever it rounded.
     """
 
     def __init__(self, folder: Path, info: IndexInfo) -> None:
@@ -67,6 +84,7 @@ class FaissIndex:
         self.ids: list[str] = []
         self.owners: list[str | None] = []
         self._index = faiss.IndexFlatIP(info.dimension)
+        self._longest = 0.0
         if info.segments:
             self._read(info.segments[0])
 
@@ -83,6 +101,10 @@ class FaissIndex:
         shape = (len(self.ids), self.info.dimension)
         if self._index is None or (self._index.ntotal, self._index.d) != shape:
             raise damaged(self.folder, f"{name} is no flat index of {shape[0]} x {shape[1]} numbers")
+        for start in range(0, shape[0], _PIECE):
+            rows = self._index.reconstruct_n(start, min(_PIECE, shape[0] - start))
+            check_lengths(rows, self.ids[start : start + _PIECE], where=f"{self.folder / name}")
+            self._longest = max(self._longest, longest(rows))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -99,6 +121,9 @@ class FaissIndex:
         try:
             for rows in checked_rows(vectors, documents=len(ids), dimension=self.info.dimension):
                 self._index.add(rows)
+                self._longest = max(
+                    self._longest, longest(rows)
+                )  # also of what will be taken back or removed
         except BaseException:
             rest = np.arange(len(self.ids), self._index.ntotal, dtype=np.int64)
             self._index.remove_ids(_faiss().IDSelectorBatch(rest))
@@ -124,22 +149,26 @@ class FaissIndex:
         faiss = _faiss()
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         check_queries(queries, rows=len(self.ids), k=k, allow=allow, dimension=self.info.dimension)
+        room = len(self.ids) if allow is None else int(np.count_nonzero(allow))
         options: dict[str, Any] = {}
         if allow is not None:
             selector = faiss.IDSelectorBatch(np.flatnonzero(allow).astype(np.int64))
             options["params"] = faiss.SearchParameters(sel=selector)
-        scores, rows = self._index.search(queries, min(k, len(self.ids)) or 1, **options)
-        return [
-            sorted(
-                (
-                    Hit(id=self.ids[row], score=float(score), owner=self.owners[row])
-                    for score, row in zip(*found, strict=True)
-                    if row >= 0
-                ),
-                key=lambda hit: (-hit.score, hit.id),
-            )
-            for found in zip(scores, rows, strict=True)
-        ]
+        hits: list[list[Hit]] = [[] for _ in queries]
+        left, wanted = np.arange(len(queries)), min(k + _MORE, room)
+        while wanted and len(left):
+            scores, rows = self._index.search(queries[left], wanted, **options)
+            again = []
+            for query, close, found in zip(left, scores, rows, strict=True):
+                exact = queries[query].astype(np.float64)
+                # one that faiss leaves out scored no better than the last, so it cannot pass the k-th
+                if wanted < room and close[-1] >= close[k - 1] - error_bound(exact, self._longest):
+                    again.append(query)
+                    continue
+                products = exact_products(self._index.reconstruct_batch(found), exact)
+                hits[query] = best_hits(products, found, self.ids, self.owners, k=k)
+            left, wanted = np.array(again, dtype=np.intp), min(4 * wanted, room)
+        return hits
 
     def verify(self) -> None:
         """Do nothing: the file was compared with its digest when it was read."""

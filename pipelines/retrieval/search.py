@@ -15,7 +15,19 @@ from numpy.typing import NDArray
 
 from experts.errors import DataError
 
-__all__ = ["LONGEST", "Hit", "Vectors", "check_lengths", "check_queries", "comparable", "search_exactly"]
+__all__ = [
+    "LONGEST",
+    "Hit",
+    "Vectors",
+    "best_hits",
+    "check_lengths",
+    "check_queries",
+    "comparable",
+    "error_bound",
+    "exact_products",
+    "longest",
+    "search_exactly",
+]
 
 Vectors = NDArray[np.float32]
 
@@ -79,7 +91,7 @@ def search_exactly(
         block = queries[start : start + _QUERIES]
         best = [_Best(query, k) for query in block]
         for part, rows, chunk in _chunks(parts, allow):
-            largest = _largest(chunk)
+            largest = longest(chunk)
             if not largest <= LONGEST:  # which NaN is not
                 check_lengths(chunk, [ids[row] for row in rows], where=names[part] if names else None)
             products = block @ chunk.T
@@ -89,7 +101,7 @@ def search_exactly(
     return hits
 
 
-def _largest(rows: Vectors) -> float:
+def longest(rows: Vectors) -> float:
     """An upper bound of the rows' lengths, up to rounding; infinite or NaN if a number is."""
     with np.errstate(over="ignore", invalid="ignore"):
         squares = np.einsum("ij,ij->i", rows, rows)
@@ -103,7 +115,7 @@ def comparable(rows: Vectors) -> bool:
 
 
 def _too_long(rows: Vectors) -> NDArray[np.intp]:
-    if _largest(rows) <= LONGEST:  # not if it is NaN
+    if longest(rows) <= LONGEST:  # not if it is NaN
         return np.empty(0, dtype=np.intp)
     return np.flatnonzero(~(np.linalg.norm(rows.astype(np.float64), axis=1) <= LONGEST))
 
@@ -169,13 +181,35 @@ def _chunks(
         offset += len(part)
 
 
-def _slack(query: NDArray[np.float64], largest: float) -> float:
-    """By how much the fast product may rank a row too low, against rows no longer than ``largest``."""
+def error_bound(query: NDArray[np.float64], largest: float) -> float:
+    """By how much products in float32 may rank a row too low, against rows no longer than ``largest``."""
     terms, length = len(query), float(np.linalg.norm(query))
     # |fl(x.y) - x.y| <= gamma_n |x||y|, gamma_n about n 2^-24 (Higham 2002, 3.5); twice that for the query's cast
     rounding = 4 * terms * 2.0**-24 * length * largest
     # and what is lost where numbers, products or sums are too small for float32, on both sides of the comparison
     return rounding + 2 * terms * _TINY * (2 + length + largest)
+
+
+def exact_products(rows: Vectors, query: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Inner products that rank: elementwise, then summed along the row, the same for a row wherever it stands."""
+    products: NDArray[np.float64] = (rows.astype(np.float64) * query).sum(axis=1)
+    return products
+
+
+def best_hits(
+    scores: NDArray[np.float64],
+    rows: NDArray[np.intp],
+    ids: Sequence[str],
+    owners: Sequence[str | None],
+    *,
+    k: int,
+) -> list[Hit]:
+    """The first ``k`` of candidates; equal scores by id."""
+    found = [
+        Hit(id=ids[row], score=score, owner=owners[row])
+        for score, row in zip(scores.tolist(), rows.tolist(), strict=True)
+    ]
+    return sorted(found, key=lambda hit: (-hit.score, hit.id))[:k]
 
 
 class _Best:
@@ -189,16 +223,14 @@ class _Best:
 
     def offer(self, products: NDArray[Any], chunk: Vectors, rows: NDArray[np.intp], largest: float) -> None:
         """Take what may rank among the first ``k`` from one chunk, with its exact score."""
-        slack = _slack(self.query, largest)
+        slack = error_bound(self.query, largest)
         floor = -np.inf
         if len(products) > self.k:
             floor = float(np.partition(products, -self.k)[-self.k])
         if len(self.scores) >= self.k:
             floor = max(floor, float(np.partition(self.scores, -self.k)[-self.k]))
         chosen = np.flatnonzero(products >= floor - slack)
-        # elementwise, then summed along the row: the same for a row wherever it stands
-        exact = (chunk[chosen].astype(np.float64) * self.query).sum(axis=1)
-        self.scores = np.concatenate([self.scores, exact])
+        self.scores = np.concatenate([self.scores, exact_products(chunk[chosen], self.query)])
         self.rows = np.concatenate([self.rows, rows[chosen]])
         if len(self.scores) > self.k:
             kept = self.scores >= np.partition(self.scores, -self.k)[-self.k]
@@ -206,8 +238,4 @@ class _Best:
 
     def hits(self, ids: Sequence[str], owners: Sequence[str | None]) -> list[Hit]:
         """The first ``k``; equal scores by id."""
-        found = [
-            Hit(id=ids[row], score=score, owner=owners[row])
-            for score, row in zip(self.scores.tolist(), self.rows.tolist(), strict=True)
-        ]
-        return sorted(found, key=lambda hit: (-hit.score, hit.id))[: self.k]
+        return best_hits(self.scores, self.rows, ids, owners, k=self.k)
