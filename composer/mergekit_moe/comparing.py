@@ -31,6 +31,10 @@ _FREE = frozenset(
 """Settings in which an expert may differ from the base: they do not reach its FFNs."""
 _DECISIVE = ("hidden_act", "hidden_activation", "hidden_size", "model_type", "num_hidden_layers")
 """Settings of an expert that must be the base's."""
+_ALIGN = (
+    "To align them, fine-tune it with the base's tokenizer, or give the base this model's with mergekit-tokensurgeon; "
+    "changing this model's embeddings alone does nothing here, as only its FFNs are read."
+)
 
 
 def source_problems(base: SourceModel, others: Sequence[PlannedSource]) -> list[str]:
@@ -137,14 +141,7 @@ def _same_bytes(one: Slice, other: Slice) -> bool:
 def _differences(model: SourceModel, base: SourceModel) -> list[str]:
     if model is base:
         return []
-    found = []
-    if model.vocabulary and base.vocabulary and model.vocabulary != base.vocabulary:
-        found.append(
-            f"{model.ref} has {model.vocabulary} tokens, the base {base.vocabulary}: the mixture has the base's "
-            "tokenizer and embeddings."
-        )
-    elif model.tokenizer and base.tokenizer and model.tokenizer != base.tokenizer:
-        found.append(f"{model.ref} has another tokenizer than the base; the mixture has the base's.")
+    found = _vocabulary_differences(model, base)
     own, wanted = decisive(model.description.config), decisive(base.description.config)
     keys = {*own, *wanted} - _FREE - {*_DECISIVE, "vocab_size"}
     differing = sorted(key for key in keys if own.get(key) != wanted.get(key))
@@ -153,3 +150,26 @@ def _differences(model: SourceModel, base: SourceModel) -> list[str]:
             f"{model.ref} differs from the base in {', '.join(differing)}; the mixture has the base's."
         )
     return found
+
+
+def _vocabulary_differences(model: SourceModel, base: SourceModel) -> list[str]:
+    """Say how tokens differ. FFNs may be trained on tokens that the mixture does not have, or has under other ids."""
+    sizes = bool(model.vocabulary and base.vocabulary and model.vocabulary != base.vocabulary)
+    known = bool(model.tokenizer and base.tokenizer)
+    if known and model.tokenizer == base.tokenizer:
+        if not sizes:
+            return []
+        return [
+            f"{model.ref} has embeddings of {model.vocabulary} tokens, the base of {base.vocabulary}, with one and the "
+            "same tokenizer: the mixture has the base's. Nothing is to be aligned if the rest are rows of no token."
+        ]
+    if sizes:
+        return [
+            f"{model.ref} has {model.vocabulary} tokens, the base {base.vocabulary}: the mixture has the base's "
+            f"tokenizer and embeddings. {_ALIGN}"
+        ]
+    return (
+        [f"{model.ref} has another tokenizer than the base; the mixture has the base's. {_ALIGN}"]
+        if known
+        else []
+    )

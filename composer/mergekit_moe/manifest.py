@@ -101,7 +101,7 @@ class MoEExpert(_Strict):
     source_model: ModelRef
     positive_prompts: _Prompts | None = None
     negative_prompts: _Prompts | None = None
-    noise_scale: Annotated[float, Field(allow_inf_nan=False, strict=False)] | None = None
+    noise_scale: Annotated[float, Field(ge=0, allow_inf_nan=False, strict=False)] | None = None
     """Standard deviation of normal noise that is added to every FFN weight."""
     residual_scale: Annotated[float, Field(allow_inf_nan=False, strict=False)] | None = None
     """Factor of the down projections."""
@@ -164,8 +164,13 @@ class MoEManifest(_Strict):
             for position, expert in enumerate(self.experts)
             if not expert.positive_prompts
         ]
+        shared = self.shared
+        if shared is not None and shared.negative_prompts and not shared.positive_prompts:
+            found.append(
+                "shared_experts.0: negative_prompts are taken from positive_prompts, and there are none"
+            )
         asked = {(expert.positive_prompts, expert.negative_prompts or ()) for expert in self.experts}
-        if not found and len(asked) == 1 and len(self.experts) > 1:
+        if all(e.positive_prompts for e in self.experts) and len(asked) == 1 and len(self.experts) > 1:
             found.append(
                 "experts: all have the same prompts, so the router could not tell them apart; give each its own, or "
                 "write `gate_mode: uniform_random` and train the router"

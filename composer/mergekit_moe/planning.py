@@ -22,7 +22,7 @@ from composer.mergekit_moe.accounting import (
 from composer.mergekit_moe.comparing import plan_warnings, source_problems
 from composer.mergekit_moe.completeness import trunk_problems
 from composer.mergekit_moe.families import FAMILIES, Family, Layout, matching
-from composer.mergekit_moe.manifest import PROMPTED, MoEManifest
+from composer.mergekit_moe.manifest import PROMPTED, MoEExpert, MoEManifest
 from composer.mergekit_moe.sources import SourceModel, Sources
 from composer.mergekit_moe.tokens import tokenizer_problems
 from experts.errors import PlanError
@@ -204,14 +204,19 @@ def plan_moe(
 def _gated(manifest: MoEManifest, family: Family, base: SourceModel) -> bool:
     """Say whether the shared expert has a gate of its own: from prompts, or drawn with the routed experts' rows.
 
-    Drawn where mergekit would take Qwen's class too: it is asked for, or the base is a Qwen2. For any other base
-    mergekit takes DeepSeek's, whose shared expert is not gated.
+    Drawn where mergekit would take Qwen's class too: it is asked for, the base is a Qwen2, or there are prompts, which
+    say that a gate is wanted. Else mergekit takes DeepSeek's, whose shared expert is not gated.
     """
-    if manifest.shared is None or not family.needs_biases:
+    shared = manifest.shared
+    if shared is None or not family.needs_biases:
         return False
-    if manifest.shared.positive_prompts:
-        return True
-    return manifest.gate_mode not in PROMPTED and (bool(manifest.architecture) or base.family == "qwen2")
+    if manifest.gate_mode in PROMPTED:
+        return bool(shared.positive_prompts)
+    return bool(manifest.architecture or base.family == "qwen2" or _prompted(shared))
+
+
+def _prompted(expert: MoEExpert) -> bool:
+    return bool(expert.positive_prompts or expert.negative_prompts)
 
 
 def _declared(base: SourceModel) -> str | None:
@@ -254,6 +259,6 @@ def _misfit(
         return [f"takes models of type {', '.join(family.families)}, not {base.family}"]
     if shared is not None and not family.shared:
         return ["has no shared expert; write `architecture: qwen`, or list it among the experts"]
-    if shared is not None and not family.needs_biases and shared.wish.positive_prompts:
+    if shared is not None and not family.needs_biases and _prompted(shared.wish):
         return ["its shared expert is not gated; leave its prompts out, or write `architecture: qwen`"]
     return family.setting_problems(base.description.config)

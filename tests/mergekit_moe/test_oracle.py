@@ -81,6 +81,13 @@ def test_shared_expert(case: str, config_of: Any, oracle: Any, built: Any) -> No
     assert_same(built(config, seed=5), oracle(config, seed=5))
 
 
+def test_shared_expert_with_negative_prompts_alone(config_of: Any, oracle: Any, built: Any) -> None:
+    """Drawn gates read no prompts, but prompts keep mergekit from DeepSeek's class, which has no gate."""
+    config = config_of(gate_mode="random")
+    config["shared_experts"] = [{"source_model": config["base_model"], "negative_prompts": ["any"]}]
+    assert_same(built(config), oracle(config))
+
+
 @pytest.mark.parametrize("mode", ["random", "uniform_random", "hidden"])
 def test_shared_expert_without_a_gate_is_deepseeks(
     mode: str, config_of: Any, oracle: Any, built: Any

@@ -79,6 +79,23 @@ def message(error: type[CoterieError], call: Any, *args: Any, **kwargs: Any) -> 
         ),
         (
             {
+                "gate_mode": "hidden",
+                "experts": [{"source_model": m, "positive_prompts": [m]} for m in "bc"],
+                "shared_experts": [{"source_model": "b", "negative_prompts": ["x"]}],
+            },
+            ["shared_experts.0: negative_prompts are taken from positive_prompts, and there are none"],
+        ),
+        (
+            {
+                "experts": [
+                    {"source_model": "b", "noise_scale": -1},
+                    {"source_model": "c", "residual_scale": -1},
+                ]
+            },
+            ["experts.0.noise_scale: input should be greater than or equal to 0, given -1"],
+        ),
+        (
+            {
                 "gate_mode": "cheap_embed",
                 "experts": [{"source_model": m, "positive_prompts": ["x"]} for m in "bc"],
             },
@@ -248,6 +265,17 @@ def test_shared_expert_where_there_is_no_place(config_of: Any) -> None:
     ]
 
 
+@pytest.mark.parametrize("prompts", ["positive_prompts", "negative_prompts"])
+def test_prompts_of_a_shared_expert_that_is_not_gated(prompts: str, config_of: Any, oracle: Any) -> None:
+    config = config_of(gate_mode="random", architecture="deepseek")
+    config["shared_experts"] = [{"source_model": config["base_model"], prompts: ["any"]}]
+    assert problems_of(config) == [
+        "DeepSeek MoE: its shared expert is not gated; leave its prompts out, or write `architecture: qwen`"
+    ]
+    with pytest.raises(SystemExit):  # so does mergekit
+        oracle(config)
+
+
 def test_phi3_with_a_long_context(config_of: Any) -> None:
     rope = {
         "rope_type": "longrope",
@@ -281,14 +309,47 @@ def test_experts_of_another_size(config_of: Any, make_model: Any) -> None:
     ]
 
 
-def test_larger_vocabulary_warns(config_of: Any, make_model: Any, built: Any) -> None:
+ALIGN = (
+    "To align them, fine-tune it with the base's tokenizer, or give the base this model's with mergekit-tokensurgeon; "
+    "changing this model's embeddings alone does nothing here, as only its FFNs are read."
+)
+
+
+def retokenized(folder: Path, out: Path) -> Path:
+    """A copy of a model with another tokenizer."""
+    shutil.copytree(folder, out)
+    held = json.loads((out / "tokenizer.json").read_text())
+    (out / "tokenizer.json").write_text(json.dumps(held | {"version": "other"}))
+    return out
+
+
+def test_larger_vocabulary_warns(config_of: Any, make_model: Any, built: Any, tmp_path: Path) -> None:
     config = config_of(gate_mode="random")
-    other = make_model(vocab_size=99)
+    other = retokenized(make_model(vocab_size=99), tmp_path / "other")
     config["experts"][1]["source_model"] = str(other)
     assert plan_moe(parse(config)).warnings == (
-        f"{other} has 99 tokens, the base 97: the mixture has the base's tokenizer and embeddings.",
+        f"{other} has 99 tokens, the base 97: the mixture has the base's tokenizer and embeddings. {ALIGN}",
     )
     assert built(config)["model.embed_tokens.weight"].shape[0] == 97
+
+
+def test_another_tokenizer_warns(config_of: Any, make_model: Any, tmp_path: Path) -> None:
+    config = config_of(gate_mode="random")
+    other = retokenized(make_model(seed=1), tmp_path / "other")
+    config["experts"][0]["source_model"] = str(other)
+    assert plan_moe(parse(config)).warnings == (
+        f"{other} has another tokenizer than the base; the mixture has the base's. {ALIGN}",
+    )
+
+
+def test_embeddings_of_another_length_and_one_tokenizer_warn(config_of: Any, make_model: Any) -> None:
+    config = config_of(gate_mode="random")
+    other = str(make_model(vocab_size=99))
+    config["experts"][1]["source_model"] = other
+    assert plan_moe(parse(config)).warnings == (
+        f"{other} has embeddings of 99 tokens, the base of 97, with one and the same tokenizer: the mixture has the "
+        "base's. Nothing is to be aligned if the rest are rows of no token.",
+    )
 
 
 def test_copies_of_one_model_warn(make_model: Any) -> None:
