@@ -12,7 +12,7 @@ from pathlib import Path
 from composer.building import TOKENIZER_FILES
 from composer.lock import Lock
 from composer.members import BASE_FOLDER, DESCRIPTION_NAME
-from composer.retrieval.form import MODULES_NAME, QUERY_KWARGS, TOP_FILES
+from composer.retrieval.form import MODULES_NAME, QUERY_KWARGS, SETTINGS_FILES, TOP_FILES
 from experts.base import BaseDescription
 from experts.embedding import embedding_differences, read_embedding
 from experts.errors import BuildError, IntegrityError
@@ -21,7 +21,6 @@ from experts.files import sha256_file
 __all__ = ["check_modules", "check_settings"]
 
 _AT_THE_TOP = (*TOP_FILES, *TOKENIZER_FILES)
-_IN_THE_BASE = (*_AT_THE_TOP, MODULES_NAME, "config.json")
 
 
 def check_settings(folder: Path, lock: Lock, description: BaseDescription) -> None:
@@ -37,7 +36,7 @@ def check_settings(folder: Path, lock: Lock, description: BaseDescription) -> No
         IntegrityError: A file's bytes differ from its digest.
     """
     digests = {entry.path: entry.sha256 for entry in lock.base.files}
-    for name in _IN_THE_BASE:
+    for name in SETTINGS_FILES:
         places = [folder / BASE_FOLDER / name, *([folder / name] if name in _AT_THE_TOP else [])]
         for path in places:
             _check_file(path, digests.get(name), like=places[0])

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from composer.loading import load
 from composer.retrieval.cache import QueryCache
@@ -56,6 +57,34 @@ def test_r24_another_composition_is_another_key(retrievers: Any, texts: list[str
         assert model.encoded == len(texts)
     with pytest.raises(UnknownNameError, match=r"^Unknown owner 'acne'\. Did you mean 'acme'\?"):
         cache.encode_query(models[0], texts, opt_out={"acne"})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"pooling": "cls"}, {"prompts": {"query": "duba "}}, {"max_seq_length": 6}],
+    ids=lambda settings: str(*settings),
+)
+def test_r24_another_base_of_the_same_tensors_is_another_key(
+    retrievers: Any, pico: Any, texts: list[str], settings: dict[str, Any]
+) -> None:
+    """Everybody is left out, so no expert's card tells the bases apart."""
+    from registry import Registry
+
+    registry = Registry(pico.scratch("registry"))
+    registry.add_base(pico.embedder(**settings), name="embedder")
+    raw = pico.write_retriever(pico.scratch("raw"), seed=1, r=2)
+    artifacts = pico.retrieval_artifacts(1)
+    registry.register(pico.pack_retriever(raw, name="acme/search", artifacts=artifacts, **settings))
+    folder = retrievers.compose(retrievers.manifest(["acme/search"]), registry=registry)
+    cache, other = QueryCache(), load(folder, opt_out={"acme"})
+    alone = load(retrievers.folder(["acme/search"]), opt_out={"acme"})
+    tensors = [dict(model[0].model.base.named_parameters()) for model in (alone, other)]
+    assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
+    for model in (alone, other):
+        found = cache.encode_query(model, texts)
+        assert np.abs(found - model.encode_query(texts)).max() < 1e-5
+    assert cache.hits == 0
+    assert not np.allclose(alone.encode_query(texts), other.encode_query(texts), atol=1e-3), "the control"
 
 
 def test_the_oldest_make_room(retrievers: Any, texts: list[str]) -> None:
