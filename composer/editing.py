@@ -6,18 +6,16 @@ step. Knows manifests, locks and links; opens no tensor.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from composer.building import Progress, build
+from composer.edit_manifest import changed_manifest, read_manifest
 from composer.edit_members import Joining, joining, leaving
 from composer.edit_source import EditSource
 from composer.lock import Lock, LockedTuning
-from composer.manifest import ExpertEntry, Manifest
 from composer.members import BASE_FOLDER
 from composer.planning import Plan, plan
 from composer.source import FolderSource, Source
@@ -26,12 +24,8 @@ from composer.upcycling.growth import NewRows, growth_problems, keep_tuning
 from experts.card import CARD_FILE
 from experts.errors import BuildError, CoterieError, PlanError
 from experts.files import capped
-from experts.names import parse_reference
-from experts.strict import load_yaml
 
 __all__ = ["Change", "add_experts", "apply_change", "plan_change", "remove_experts"]
-
-MANIFEST_NAME = "manifest.yaml"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,13 +152,13 @@ def plan_change(
     """
     path = Path(folder).resolve()
     own = FolderSource(path)
-    manifest = _read_manifest(path, own.lock)
+    manifest = read_manifest(path, own.lock)
     out = leaving(path, own.lock, remove)
     new = joining(path, own.lock, manifest, add, registry, without=out)
     kept = {expert.name: f"{expert.name}@{expert.version}" for expert in own.lock.experts}
     _check_members(path, kept, out, new)
     source = EditSource(own, registry if add else None, new)
-    planned = plan(_changed(manifest, set(kept) - out, new, prompts), source, changed=True)
+    planned = plan(changed_manifest(manifest, set(kept) - out, new, prompts), source, changed=True)
     if new_rows is not None:
         problems = growth_problems(own.lock, new_rows, replaced=set(new) & set(kept), removed=out)
         if problems:
@@ -219,19 +213,6 @@ def apply_change(change: Change, *, copy: bool = False, progress: Progress | Non
     return change.folder
 
 
-def _read_manifest(folder: Path, lock: Lock) -> Manifest:
-    path = folder / MANIFEST_NAME
-    manifest = Manifest.from_file(path)
-    # of the file's own keys, since a later version of the format may have more of them
-    keys = json.dumps(load_yaml(path, what=str(path)), sort_keys=True, separators=(",", ":"))
-    if hashlib.sha256(keys.encode()).hexdigest() != lock.manifest_sha256:
-        raise BuildError(
-            f"{path} was changed after the build, so it does not say what the folder is. Build a new folder from it: "
-            "coterie build."
-        )
-    return manifest
-
-
 def _check_members(folder: Path, there: Collection[str], out: Collection[str], new: Joining) -> None:
     both = sorted(set(out) & set(new))
     if both:
@@ -241,28 +222,6 @@ def _check_members(folder: Path, there: Collection[str], out: Collection[str], n
             f"{folder} cannot be changed: without {', '.join(sorted(out))} no expert is left in it. Use its base "
             f"alone ({BASE_FOLDER}/ in it is an ordinary model folder), or delete the folder."
         )
-
-
-def _changed(manifest: Manifest, staying: Collection[str], new: Joining, prompts: Sequence[str]) -> Manifest:
-    """Return the manifest with its experts by name: the order must not depend on the way that led to it.
-
-    What is neither in the folder nor under ``opt_out`` is not listed any more: a folder that a model was saved to
-    without an owner still has the builder's manifest.
-    """
-    entries = {parse_reference(entry.ref)[0]: entry for entry in manifest.experts}
-    listed = set(entries)
-    entries = {
-        name: entry
-        for name, entry in entries.items()
-        if name in staying or name.partition("/")[0] in manifest.opt_out
-    }
-    for name, (reference, _) in new.items():
-        entry = entries.get(name)
-        entry = ExpertEntry(ref=reference) if entry is None else entry.model_copy(update={"ref": reference})
-        entries[name] = entry.model_copy(update={"positive_prompts": tuple(prompts)}) if prompts else entry
-    upcycle = manifest.upcycle and manifest.upcycle.without(listed - set(entries))
-    experts = tuple(entry for _, entry in sorted(entries.items()))
-    return manifest.model_copy(update={"experts": experts, "upcycle": upcycle})
 
 
 def _warnings(own: FolderSource, registry: Source | None, *, kept: bool, gone: Collection[str]) -> list[str]:

@@ -205,14 +205,16 @@ class Lock(_Strict):
         return tuple(sorted({expert.owner for expert in self.experts}))
 
     def without(self, owners: Collection[str]) -> Self:
-        """Return the lock of the composition that these owners never joined.
+        """Return the lock of the composition that these owners never joined; its manifest is still everybody's.
 
         What was tuned holds everybody who was there, so it stays only where those who leave joined afterwards.
         """
         kept = self if self.tuned is None else self._tuned_without(owners)
         experts = tuple(expert for expert in kept.experts if expert.whose.isdisjoint(owners))
         lineage = {path: who for path, who in kept.lineage.items() if not set(who) & set(owners)}
-        return kept.model_copy(update={"experts": experts, "lineage": lineage})
+        gone = {expert.name for expert in kept.experts} - {expert.name for expert in experts}
+        upcycle = kept.upcycle and kept.upcycle.without(gone)
+        return kept.model_copy(update={"experts": experts, "lineage": lineage, "upcycle": upcycle})
 
     def leaving_owners(self, experts: Collection[str]) -> frozenset[str]:
         """Return the owners of whom no expert holds anything any more once these are gone."""

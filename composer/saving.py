@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 
 from composer.building import link_file, new_folder
+from composer.edit_manifest import MANIFEST_NAME, changed_manifest, read_manifest
 from composer.lock import LOCK_NAME, TUNED_FOLDER, Lock
+from composer.manifest import Manifest
 from composer.model_card import write_model_card
 from experts.card import CARD_FILE
 from experts.errors import BuildError
@@ -37,10 +40,13 @@ def save(model: ComposedForCausalLM, out: Path | str) -> Path:
     lock = Lock.read(folder)
     absent = set(lock.composed_owners) - _present(model, lock)
     kept = (lock.untuned if model.untuned is None else lock).without(absent)
+    manifest, rewritten = _manifest(folder, lock, kept)
+    if rewritten:
+        kept = kept.model_copy(update={"manifest_sha256": manifest.digest})
     with new_folder(Path(out)) as staging:
         for path in sorted(folder.rglob("*")):
             name = path.relative_to(folder).as_posix()
-            if path.is_file() and _belongs(name, kept):
+            if path.is_file() and _belongs(name, kept) and not (rewritten and name == MANIFEST_NAME):
                 target = staging / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 link_file(path, target)
@@ -48,8 +54,22 @@ def save(model: ComposedForCausalLM, out: Path | str) -> Path:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config["composition"] = kept.membership_digest
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        write_model_card(staging / "README.md", kept)
+        if rewritten and kept.experts:  # no manifest says that there is nobody
+            text = yaml.safe_dump(manifest.to_dict(), sort_keys=False, allow_unicode=True)
+            (staging / MANIFEST_NAME).write_text(text, encoding="utf-8")
+        write_model_card(staging / "README.md", kept, description=manifest.description)
     return Path(out)
+
+
+def _manifest(folder: Path, lock: Lock, kept: Lock) -> tuple[Manifest, bool]:
+    """Return the manifest of what is saved, and whether it is another one.
+
+    As after `coterie remove`, who is not in the folder is not mentioned: neither their names nor their prompts.
+    """
+    manifest = read_manifest(folder, lock)
+    staying = {expert.name for expert in kept.experts}
+    changed = changed_manifest(manifest, staying, {})
+    return (manifest, False) if len(changed.experts) == len(manifest.experts) else (changed, True)
 
 
 def _present(model: ComposedForCausalLM, lock: Lock) -> set[str]:

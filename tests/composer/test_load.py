@@ -291,6 +291,63 @@ def test_saving_links(pico: Any, tmp_path: Path) -> None:
     assert Lock.read(tmp_path / "out") == Lock.read(folder)
 
 
+def _files(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("recipe", ["flexolmo", "btx", "soup"])
+def test_saving_without_an_owner_leaves_what_removing_does(recipe: str, pico: Any, tmp_path: Path) -> None:
+    """File for file, manifest and lock included: nothing tells the name, the prompts or the weights of who is out."""
+    from composer.editing import add_experts, remove_experts
+    from composer.manifest import Manifest
+
+    wish = pico.manifest("mixed" if recipe == "flexolmo" else "dense", description="Three friends.").to_dict()
+    wish["recipe"] = recipe
+    wish["experts"].reverse()  # removing puts them in order
+    if recipe == "btx":
+        wish["router"] = {"scorer": "prompts"}
+        for entry in wish["experts"]:
+            owner = entry["ref"].partition("/")[0]
+            entry |= {"positive_prompts": [f"secret of {owner}"], "negative_prompts": [f"not {owner}"]}
+    if recipe != "flexolmo":
+        weights = {entry["ref"]: 2.0 for entry in wish["experts"]}
+        wish["upcycle"] = {"trunk": {"method": "average", "weights": weights}}
+    if recipe == "soup":
+        del wish["router"]
+    folder = pico.compose(Manifest.from_dict(wish))
+    assert any(b"bob" in content for content in _files(folder).values()), (
+        "the search does not find what is there"
+    )
+    load(folder, opt_out={"bob"}).save_pretrained(tmp_path / "saved")
+    shutil.copytree(folder, tmp_path / "removed")
+    remove_experts(tmp_path / "removed", ["bob"])
+    saved = _files(tmp_path / "saved")
+    assert saved == _files(tmp_path / "removed")
+    assert [name for name, content in saved.items() if b"bob" in content] == []
+    # it is a folder like any other
+    library = pico.library() if recipe == "flexolmo" else pico.dense_library()
+    add_experts(
+        tmp_path / "saved",
+        ["bob/full" if recipe == "flexolmo" else "bob/dense"],
+        registry=library,
+        prompts=["again"] if recipe == "btx" else (),
+    )
+    assert load(tmp_path / "saved").owners == ("acme", "bob", "zoe")
+
+
+def test_saving_everybody_keeps_the_manifest(pico: Any, tmp_path: Path) -> None:
+    """In the order in which it was written; where nobody is left there is none to write."""
+    wish = pico.manifest("mixed", experts=("zoe/low", "acme/low"), description="Two friends.")
+    folder = pico.compose(wish)
+    load(folder).save_pretrained(tmp_path / "all")
+    assert _files(tmp_path / "all") == _files(folder)
+    load(folder, opt_out={"acme", "zoe"}).save_pretrained(tmp_path / "none")
+    left = _files(tmp_path / "none")
+    assert "manifest.yaml" not in left
+    assert [name for name, content in left.items() if b"zoe" in content or b"acme" in content] == []
+    assert torch.equal(_logits(load(tmp_path / "none"), pico), _logits(pico.dense(), pico))
+
+
 def test_an_expert_layer_alone_does_not_know_who_is_allowed(pico: Any) -> None:
     model = pico.loaded("mixed")
     with pytest.raises(RuntimeError) as caught:
