@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from composer.editing import add_experts, remove_experts
 from composer.loading import load
@@ -267,6 +268,35 @@ def test_r20_a_description_of_another_base_is_refused(retrievers: Any, pico: Any
         f"{folder / 'base.json'} describes another base than the one beside it: similarity: 'cosine' in base/, 'dot' "
         "in base.json. Build the folder again."
     )
+
+
+@pytest.mark.parametrize("door", [load, stock_load])
+def test_r20_a_flipped_byte_of_what_is_routed_by_is_refused(
+    retrievers: Any, pico: Any, texts: list[str], door: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One number of one owner's sums; the control shows that it would move queries of others."""
+    folder = shutil.copytree(retrievers.folder(), pico.scratch("copy"))
+    [acme] = [expert for expert in Lock.read(folder).experts if expert.owner == "acme"]
+    path = folder / acme.folder / "routing.safetensors"
+    with safe_open(path, framework="np") as file:
+        sums = file.get_tensor("retrieval.embedding.sum")
+    data = bytearray(path.read_bytes())
+    start = bytes(data).index(sums.tobytes())
+    data[start + sums.itemsize - 4] ^= 0x80  # what is grossly wrong is refused by its value
+    path.unlink()
+    path.write_bytes(data)
+    expected = next(entry.sha256 for entry in acme.files if entry.path == "routing.safetensors")
+    found = hashlib.sha256(data).hexdigest()
+    with pytest.raises(IntegrityError) as caught:
+        door(folder)
+    assert str(caught.value) == (
+        f"{path} has sha256 {found}, the composition says {expected}. Build the folder again."
+    )
+    left = load(folder, opt_out={"acme"})  # is not opened
+    assert np.array_equal(left.encode_query(texts), retrievers.model().encode_query(texts, opt_out={"acme"}))
+    monkeypatch.setattr("composer.retrieval.loading._check_published", lambda members: None)
+    moved = door(folder).encode_query(texts) - retrievers.model().encode_query(texts)
+    assert (np.abs(moved).max(axis=1) > 1e-6).sum() > len(texts) // 2
 
 
 # -------------------------------------------------------------------- saved, built again, changed
