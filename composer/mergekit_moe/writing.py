@@ -210,13 +210,13 @@ def _or_one(value: float | None) -> float:
 
 
 def _write_config(plan: MoEPlan, staging: Path) -> None:
-    if not plan.family.automatic:
-        text = json.dumps(_deepseek_config(plan), indent=2) + "\n"
-        (staging / "config.json").write_text(text, encoding="utf-8")
-        return
     from transformers import AutoConfig
 
     base = AutoConfig.from_pretrained(plan.base.folder, local_files_only=True)
+    if not plan.family.automatic:
+        text = json.dumps(_deepseek_config(plan, base.to_dict()), indent=2) + "\n"
+        (staging / "config.json").write_text(text, encoding="utf-8")
+        return
     settings = plan.family.settings(
         base,
         num_experts=len(plan.experts),
@@ -228,9 +228,13 @@ def _write_config(plan: MoEPlan, staging: Path) -> None:
     config.save_pretrained(staging)
 
 
-def _deepseek_config(plan: MoEPlan) -> dict[str, Any]:
-    """Return the settings that DeepSeek-MoE's remote code reads, on top of the base's own."""
+def _deepseek_config(plan: MoEPlan, defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that DeepSeek-MoE's remote code reads, on top of the base's own.
+
+    Defaults that the base's ``config.json`` leaves out are the base family's, not those of the remote code.
+    """
     return {
+        **defaults,
         **plan.base.description.config,
         "architectures": ["DeepseekForCausalLM"],
         "model_type": "deepseek",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,24 @@ def test_shared_expert(case: str, config_of: Any, oracle: Any, built: Any) -> No
     config = config_of(family, gate_mode=mode, architecture=architecture)
     config["shared_experts"] = [{"source_model": config["base_model"], "positive_prompts": prompts}]
     assert_same(built(config, seed=5), oracle(config, seed=5))
+
+
+def test_configuration_of_deepseek(
+    config_of: Any, make_model: Any, oracle: Any, built: Any, tmp_path: Path
+) -> None:
+    """Settings that the base's own file leaves out are written too: the class that reads them has other defaults."""
+    base = Path(shutil.copytree(make_model("mistral"), tmp_path / "base"))
+    written = json.loads((base / "config.json").read_text())
+    for key in ("rms_norm_eps", "initializer_range"):
+        del written[key]
+    (base / "config.json").write_text(json.dumps(written))
+    config = {**config_of("mistral", architecture="deepseek", gate_mode="random"), "base_model": str(base)}
+    built(config)
+    oracle(config, folder=tmp_path / "theirs")
+    ours, theirs = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("out", "theirs"))
+    differing = {key for key in theirs if key not in ours or ours[key] != theirs[key]}
+    assert differing <= {"_name_or_path", "transformers_version"}
+    assert "rms_norm_eps" in theirs
 
 
 def test_shared_expert_with_negative_prompts_alone(config_of: Any, oracle: Any, built: Any) -> None:
