@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from composer.lock import Lock, OptOutClass
-from composer.recipes import require_language_model
+from composer.recipes import RECIPES, require_language_model
 from experts.errors import ConsentError, PlanError
 from pipelines.tune.job import TuneJob
 
@@ -132,12 +132,12 @@ def _class_before(lock: Lock | None, plan: Plan | None) -> OptOutClass:
     return plan.optout_class
 
 
-def _router(lock: Lock | None, plan: Plan | None) -> tuple[str, int]:
-    """Return the scorer's name and how many experts there are."""
+def _router(lock: Lock | None, plan: Plan | None) -> tuple[str, str, int]:
+    """Return the recipe's and the scorer's names, and how many experts there are."""
     if lock is not None:
-        return lock.router.scorer, len(lock.experts)
+        return lock.recipe, lock.router.scorer, len(lock.experts)
     assert plan is not None
-    return plan.manifest.router.scorer, len(plan.experts)
+    return plan.manifest.recipe, plan.manifest.router.scorer, len(plan.experts)
 
 
 def _check_consent(job: TuneJob, involved: Sequence[str], registry: Registry) -> None:
@@ -155,12 +155,17 @@ def _check_consent(job: TuneJob, involved: Sequence[str], registry: Registry) ->
         )
 
 
-def _check_trainable(job: TuneJob, scorer: str, experts: int) -> None:
+def _check_trainable(job: TuneJob, recipe: str, scorer: str, experts: int) -> None:
     from composer.routing.scorers import SCORERS
 
     if not experts:
         raise PlanError(
             "The composition has no experts, so there is nothing to route between and nothing to tune."
+        )
+    if job.train == "routers" and not RECIPES.load(recipe).routes:
+        raise PlanError(
+            f"train: routers, but '{recipe}' makes one dense model, which has no router. Train the trunk, or compose "
+            "with a recipe that routes (`btx`, `bam`)."
         )
     if job.train == "routers" and not SCORERS.load(scorer).trainable:
         trainable = ", ".join(f"'{name}'" for name in SCORERS if SCORERS.load(name).trainable)

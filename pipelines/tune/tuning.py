@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from composer.lock import Lock
 from composer.members import BASE_FOLDER
-from experts.errors import BuildError
+from experts.errors import BuildError, TrainingError
 from pipelines.tune.job import TuneJob
 from pipelines.tune.planning import TuningPlan
 
@@ -85,7 +85,7 @@ def tune(
     Raises:
         BuildError: ``out`` exists or cannot be written. Checkpoints are kept.
         DataError: A text does not fill one window.
-        TrainingError: The loss is not finite.
+        TrainingError: The loss is not finite, or the job's checkpoint is damaged.
         ManifestError: The device cannot do what the job asks.
     """
     from transformers import AutoTokenizer
@@ -103,7 +103,8 @@ def tune(
         model = composer.load(folder, dtype="float32", device=devices.device)
         names = _open_parameters(model, job)
         checkpoint = _checkpoint(job, Lock.read(folder), mix)
-        result = _train(model, names, mix, job, checkpoint, dtype, devices, progress)
+        with _named(checkpoint):
+            result = _train(model, names, mix, job, checkpoint, dtype, devices, progress)
         if devices.is_main:
             _write(model, folder, job, out)
             shutil.rmtree(checkpoint.parent, ignore_errors=True)
@@ -158,6 +159,20 @@ def _checkpoint(job: TuneJob, lock: Lock, mix: Mix) -> Path:
     folder = job.workdir / f"tune-{key[:16]}"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     return folder / "checkpoint.safetensors"
+
+
+@contextmanager
+def _named(checkpoint: Path) -> Iterator[None]:
+    """Name the file where a checkpoint is damaged: every retry of the job would read it."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise TrainingError(
+            f"The checkpoint {checkpoint} is damaged ({error}), so the job cannot go on from it. Delete the file to "
+            "begin anew."
+        ) from None
 
 
 def _train(

@@ -13,7 +13,7 @@ import torch
 import composer
 from composer.lock import Lock
 from composer.tuned import parameter_groups
-from experts.errors import BuildError, ConsentError, CoterieError, OptOutError, PlanError
+from experts.errors import BuildError, ConsentError, CoterieError, OptOutError, PlanError, TrainingError
 from pipelines.tune import Tuned, TuneJob, plan_tuning, tune
 
 Job = Callable[..., TuneJob]
@@ -262,6 +262,37 @@ class TestRefused:
             "train: routers, but the router 'lda' is solved from statistics and has nothing to train. Compose with a "
             "scorer that has ('learned'"
         )
+
+    def test_one_dense_model_has_no_router(self, pico: Any, job: Job) -> None:
+        path = pico.composed("dense", recipe="soup")
+        with pytest.raises(PlanError) as caught:
+            plan_tuning(path, job(), registry=pico.dense_library())
+        assert str(caught.value) == (
+            "train: routers, but 'soup' makes one dense model, which has no router. Train the trunk, or compose with a "
+            "recipe that routes (`btx`, `bam`)."
+        )
+        plan_tuning(path, job(train="trunk"), registry=pico.dense_library())
+
+    def test_a_damaged_checkpoint_is_named(self, pico: Any, untuned: Path, job: Job, tmp_path: Path) -> None:
+        """Deleting the file that the message names is all it takes."""
+
+        def stop(done: int, total: int) -> None:
+            if done == 3 * 4 * 16:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            _tune(pico, untuned, job(), tmp_path / "out", progress=stop)
+        (path,) = (tmp_path / "work").rglob("checkpoint.safetensors")
+        path.write_bytes(path.read_bytes()[:1000])
+        with pytest.raises(TrainingError) as caught:
+            _tune(pico, untuned, job(), tmp_path / "out")
+        assert str(caught.value).startswith(f"The checkpoint {path} is damaged (")
+        assert str(caught.value).endswith(
+            "), so the job cannot go on from it. Delete the file to begin anew."
+        )
+        assert not (tmp_path / "out").exists()
+        path.unlink()
+        assert _tune(pico, untuned, job(), tmp_path / "out").resumed_from == 0
 
     def test_owners_who_opted_out(self, pico: Any, untuned: Path, job: Job) -> None:
         registry = pico.fresh_library()
