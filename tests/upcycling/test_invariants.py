@@ -193,6 +193,40 @@ def test_u9_every_baseline_has_the_seed_in_it() -> None:
     assert (BTX.defaults["seed_expert"], BAM.defaults["seed_expert"]) == (True, True)
 
 
+@pytest.mark.parametrize("arm", ["btx_top1", "btx_top2", "btx_soft", "bam_own_kv", "bam_shared_kv"])
+def test_u9_what_an_arm_composes_has_the_seed_in_it(arm: str) -> None:
+    """The manifest that the arm asks for, its recipe's defaults written out."""
+    from types import SimpleNamespace
+
+    from composer.recipes import RECIPES
+    from pipelines.experiments.upcycling.arms import ARMS
+
+    asked: list[Manifest] = []
+
+    class ComposedError(Exception):
+        pass
+
+    def mixture(name: str, *, recipe: str, upcycle: Any, router: Any, **_: Any) -> None:
+        wish = {
+            "name": name,
+            "recipe": recipe,
+            "base": "x",
+            "experts": ["a/b"],
+            "upcycle": upcycle,
+            "router": router,
+        }
+        asked.append(RECIPES.load(recipe)().expand(Manifest.from_dict(wish)))
+        raise ComposedError
+
+    domains = ["code", "law"]
+    world = SimpleNamespace(
+        mixture=mixture, expert_name="{}/dense".format, settings=SimpleNamespace(domains=domains)
+    )
+    with pytest.raises(ComposedError):
+        ARMS.load(arm)(world)
+    assert [wish.upcycle.seed_expert for wish in asked if wish.upcycle] == [True]
+
+
 def test_u10_tuning_as_published(pico: Any, tmp_path: Path) -> None:
     from composer.tuned import parameter_groups, trained_names
     from pipelines.tune.job import TuneJob
