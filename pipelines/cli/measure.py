@@ -128,6 +128,7 @@ def evaluate_folder(
         return
     owners = domain_owners(lock, files, given=_given_owners(domain_owner or ()))
 
+    from composer.loading import left_out
     from pipelines.evaluate import evaluate, read_domains
     from pipelines.evaluate import leave_one_out as each_left_out
 
@@ -150,11 +151,11 @@ def evaluate_folder(
             arms = each_left_out(model, tokenizer, texts, progress=progress, **size)
         else:
             arms = {"composed": evaluate(model, tokenizer, texts, progress=progress, **size)}
-    left_out = sorted(set(lock.owners) - set(model.owners))
+    without = sorted(left_out(lock, opt_out or (), store))
     if heatmap is not None:
         _draw(arms["composed"], heatmap)
     if as_json:
-        rows = {arm: _plain(result, left_out, owners, arms["composed"]) for arm, result in arms.items()}
+        rows = {arm: _plain(result, without, owners, arms["composed"]) for arm, result in arms.items()}
         rows = {arm: {**row, "dtype": dtype_name(model)} for arm, row in rows.items()}
         print_json(rows if leave_one_out else rows["composed"])
     elif leave_one_out:

@@ -10,6 +10,7 @@ Needs the extra ``lm-eval``. Knows the harness's model arguments; knows nothing 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from pathlib import Path
 from typing import Any
 
 from composer.optout import owner_names
@@ -82,6 +83,8 @@ class CoterieLM(HFLM):  # type: ignore[misc]
         from transformers import AutoTokenizer
 
         import composer
+        from composer.loading import left_out
+        from composer.lock import Lock
 
         model = composer.load(
             pretrained,
@@ -90,7 +93,8 @@ class CoterieLM(HFLM):  # type: ignore[misc]
             device=_device(device),
             dtype=None if dtype == "auto" else dtype,
         )
-        self.opt_out = tuple(sorted(model.membership.known_owners - set(model.owners)))
+        lock = Lock.read(Path(pretrained))
+        self.opt_out = tuple(sorted(left_out(lock, owners_of(opt_out), registry)))
         """Who is not in the model: by ``opt_out``, or by the registry."""
         super().__init__(
             pretrained=model,

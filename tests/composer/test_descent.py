@@ -202,3 +202,21 @@ def test_show_names_everybody_whose_leaving_takes_it_along(registry: Registry) -
     shown = {name.strip(): value.strip() for name, value in lines}
     assert (result.exit_code, shown["owner"]) == (0, "yan")
     assert shown["made from experts of"] == "acme (opted out), bob"
+
+
+def test_evaluate_names_who_was_left_out_and_not_whose_expert_went_along(
+    compose: Any, registry: Registry, tmp_path: Path
+) -> None:
+    import json
+
+    from typer.testing import CliRunner
+
+    from pipelines.cli.app import app
+
+    text = tmp_path / "law.jsonl"
+    text.write_text(json.dumps({"text": "whoever signs is bound " * 40}) + "\n")
+    folder = compose("bob/made", "zoe/low")
+    asked = ["evaluate", str(folder), "--data", f"law={text}", "--opt-out", "acme", "--json"]
+    result = CliRunner().invoke(app, ["--registry", str(registry.path), *asked, "--max-tokens", "64"])
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["opt_out"] == ["acme"]
