@@ -151,7 +151,7 @@ def _card_fields(
     return {
         "expert": f"{record.name}@{record.version}",
         "owner": marked[record.owner],
-        "made from experts of": [marked[owner] for owner in parents] or None,
+        "parent owners": [marked[owner] for owner in parents] or None,
         "domain": record.domain,
         "description": card.description or None,
         "license": record.license,

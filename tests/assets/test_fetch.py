@@ -161,6 +161,7 @@ def test_every_failure_of_the_client_is_told(fake_asset, tmp_path, monkeypatch, 
 
 
 def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.delenv("COTERIE_CACHE", raising=False)
     assert cache_folder().name == "coterie"
     monkeypatch.setenv("COTERIE_CACHE", str(tmp_path))
     assert cache_folder() == tmp_path

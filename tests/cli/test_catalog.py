@@ -114,9 +114,10 @@ class TestShow:
         outcome = run("show", "acme/contracts", registry=filled)
         assert (outcome.code, outcome.err) == (0, "")
         shown = outcome.out.splitlines()
-        assert shown[:4] == [
+        assert shown[:5] == [
             "expert:        acme/contracts@1",
             "owner:         acme",
+            "parent owners: -",
             "domain:        law",
             "description:   -",
         ]
@@ -128,7 +129,8 @@ class TestShow:
         from experts.card import ExpertCard
 
         shown = run("show", "acme/contracts@1", "--json", registry=filled).json
-        assert list(shown) == [*LIST_KEYS, "card"]
+        assert list(shown) == [*LIST_KEYS, "parent_owners", "card"]
+        assert shown["parent_owners"] == []
         card = ExpertCard.model_validate_json(json.dumps(shown["card"]))
         assert card.layers == (2, 3)
         assert card.base.fingerprint == shown["base_fingerprint"]

@@ -203,7 +203,9 @@ def test_another_tokenizer(model: Path, register: Any, build: Any, registry: Pat
     outcome = build()
     assert (outcome.code, outcome.err) == (
         0,
-        f"Warning: {model} has another tokenizer than the base; the mixture has the base's.\n",
+        f"Warning: {model} has another tokenizer than the base; the mixture has the base's. To align them, fine-tune it "
+        "with the base's tokenizer, or give the base this model's with mergekit-tokensurgeon; changing this model's "
+        "embeddings alone does nothing here, as only its FFNs are read.\n",
     )
 
 
@@ -212,7 +214,8 @@ def test_more_tokens_in_a_mixture(model: Path, build: Any) -> None:
     outcome = build()
     assert (outcome.code, outcome.err) == (
         0,
-        f"Warning: {model} has 258 tokens, the base 257: the mixture has the base's tokenizer and embeddings.\n",
+        f"Warning: {model} has embeddings of 258 tokens, the base of 257, with one and the same tokenizer: the mixture "
+        "has the base's. Nothing is to be aligned if the rest are rows of no token.\n",
     )
 
 

@@ -201,7 +201,7 @@ def test_show_names_everybody_whose_leaving_takes_it_along(registry: Registry) -
     lines = [line.split(":", 1) for line in result.stdout.splitlines() if ":" in line]
     shown = {name.strip(): value.strip() for name, value in lines}
     assert (result.exit_code, shown["owner"]) == (0, "yan")
-    assert shown["made from experts of"] == "acme (opted out), bob"
+    assert shown["parent owners"] == "acme (opted out), bob"
 
 
 def test_evaluate_names_who_was_left_out_and_not_whose_expert_went_along(
