@@ -203,8 +203,8 @@ def test_another_tokenizer(model: Path, register: Any, build: Any, registry: Pat
     outcome = build()
     assert (outcome.code, outcome.err) == (
         0,
-        f"Warning: {model} has another tokenizer than the base; the mixture has the base's. To align them, fine-tune it "
-        "with the base's tokenizer, or give the base this model's with mergekit-tokensurgeon; changing this model's "
+        f"Warning: {model} has another tokenizer than the base; the mixture has the base's. To align them, fine-tune "
+        "it with the base's tokenizer, or give the base this model's with mergekit-tokensurgeon; changing this model's "
         "embeddings alone does nothing here, as only its FFNs are read.\n",
     )
 
