@@ -106,12 +106,20 @@ class Account:
         if model.adapter is not None and model is not self.base:
             stray = [f"{name}.weight" for name in model.adapter.spec.modules if f"{name}.weight" not in ffn]
             self._drop(model, stray, "the adapter's updates beside the FFNs, which are the base model's here")
+        cure = "`coterie build --composed` keeps them in a coterie model"
+        if not any(
+            name.endswith(".bias") for name in self._base_ffn()
+        ):  # there one architecture is asked for
+            cure = "the base has none either, so fine-tune the base itself"
         return [
-            f"{model.ref}: {name} is not zero, and the experts of no mixture class have biases; `coterie build "
-            "--composed` keeps them in a coterie model"
+            f"{model.ref}: {name} is not zero, and the experts of no mixture class have biases; {cure}"
             for name in biases
             if name not in zeros
         ]
+
+    def _base_ffn(self) -> list[str]:
+        layers = range(self.base.description.num_layers)
+        return [name for layer in layers for name in ffn_tensors(self.base, layer)]
 
     def _drop(self, source: SourceModel, names: Sequence[str], reason: str) -> None:
         if names:

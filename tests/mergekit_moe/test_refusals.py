@@ -204,6 +204,15 @@ def test_biases_of_the_ffn(config_of: Any) -> None:
     )
 
 
+def test_biases_that_the_base_has_not(config_of: Any, make_model: Any) -> None:
+    """A composed model would have no place for them either."""
+    config = {**config_of(model={"mlp_bias": True}, gate_mode="random"), "base_model": str(make_model())}
+    found = problems_of(config)
+    assert found[0].endswith(
+        "mixture class have biases; the base has none either, so fine-tune the base itself"
+    )
+
+
 def test_biases_of_zeros_are_dropped_and_listed(config_of: Any, make_model: Any, tmp_path: Path) -> None:
     import torch
 
