@@ -97,7 +97,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], str, str | None]] = {
         "This mixture of {base} cannot be written:\n"
         + "\n".join(
             f"  - {{folder}}: model.layers.{layer}.mlp.up_proj.bias is not zero, and the experts of no mixture class "
-            "have biases; `coterie build --composed` keeps them in a coterie model"
+            "have biases; the base has none either, so fine-tune the base itself"
             for layer in range(4)
         ),
     ),
