@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## Train three owners' experts, compose them, opt one out (about six minutes on two cores).
 	$(BIN)/coterie demo --out $(DEMO_OUT)
 
-test: $(STAMP) ## Run the default tests (about five minutes on two cores).
+test: $(STAMP) ## Run the default tests (five to six minutes on two cores).
 	$(PYTEST) -n $(JOBS) --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(STAMP) ## Run the tests that take longer than a minute each.
