@@ -6,7 +6,7 @@ opened.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from composer.lock import TUNED_FOLDER, Lock, LockedExpert
 from experts.base import BaseDescription
-from experts.card import CARD_FILE, ExpertCard
+from experts.card import CARD_FILE, ExpertCard, FileEntry
 from experts.errors import BuildError, IntegrityError
 from experts.files import sha256_file
 from experts.routing_artifacts import RoutingArtifacts
@@ -145,12 +145,20 @@ class Members:
         files = [(member.file(entry.path), entry) for member in self.experts for entry in member.locked.files]
         if self.lock.tuned is not None:
             files += [(self.folder / TUNED_FOLDER / entry.path, entry) for entry in self.lock.tuned.all_files]
-        for path, entry in files:
-            found = sha256_file(path)
-            if found != entry.sha256:
-                raise IntegrityError(
-                    f"{path} has sha256 {found}, the composition says {entry.sha256}. Build the folder again."
-                )
+        _check_digests(files)
+
+    def check_published(self) -> None:
+        """Hash what the owners of the loaded experts publish for routing; it is small.
+
+        Raises:
+            IntegrityError: Bytes differ from what the lock says.
+        """
+        _check_digests(
+            (member.file(entry.path), entry)
+            for member in self.experts
+            for entry in member.locked.files
+            if member.card.routing is not None and entry.path == member.card.routing.file
+        )
 
     def public(self) -> RoutingArtifacts:
         """Read the anchor's routing artefacts, which nobody owns."""
@@ -159,3 +167,12 @@ class Members:
             raise BuildError("The base publishes no routing artefacts.")
         path = self.folder / PUBLIC_FOLDER / info.file
         return load_public(path, info, hidden_size=self.description.hidden_size)
+
+
+def _check_digests(files: Iterable[tuple[Path, FileEntry]]) -> None:
+    for path, entry in files:
+        found = sha256_file(path)
+        if found != entry.sha256:
+            raise IntegrityError(
+                f"{path} has sha256 {found}, the composition says {entry.sha256}. Build the folder again."
+            )

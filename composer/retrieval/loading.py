@@ -30,8 +30,7 @@ from composer.retrieval.settings import check_settings
 from composer.retrieval.stacked import Factors, StackedLoRA
 from composer.retrieval.whole import is_whole, load_whole
 from experts.base import BaseDescription
-from experts.errors import BuildError, IntegrityError
-from experts.files import sha256_file
+from experts.errors import BuildError
 from experts.kinds.lora import lora_spec, lora_tensor_names
 
 if TYPE_CHECKING:
@@ -183,7 +182,9 @@ def _install(encoder: RetrieverEncoder, members: Members) -> None:
     encoder.default_task = options.default_task
     if not members.experts:
         return  # the base alone, untouched
-    _check_published(members)
+    # the router is solved from all of it together: one changed byte would move everybody's queries, where one of a
+    # weight moves its owner's answers alone
+    members.check_published()
     layers = encoder.base.get_submodule(description.layers_prefix)
     assert isinstance(layers, nn.ModuleList)
     for name, factors in _factors(members, description).items():
@@ -212,27 +213,6 @@ def _install(encoder: RetrieverEncoder, members: Members) -> None:
         whole={member.id: partial(encoder.run_whole, member.id) for member in whole},
         tokens=encoder.get_input_embeddings() if options.route_on == "static_tokens" else None,
     )
-
-
-def _check_published(members: Members) -> None:
-    """Hash what owners publish for routing; it is small, and read whole.
-
-    The router is solved from all of it together, so one changed byte moves everybody's queries. Weights, of which a
-    changed byte moves their owner's answers alone, are hashed where ``verify`` asks for it.
-
-    Raises:
-        IntegrityError: A file's bytes differ from its digest.
-    """
-    for member in members.experts:
-        info = member.card.routing
-        for entry in member.locked.files:
-            if info is None or entry.path != info.file:
-                continue
-            path = member.file(entry.path)
-            if (found := sha256_file(path)) != entry.sha256:
-                raise IntegrityError(
-                    f"{path} has sha256 {found}, the composition says {entry.sha256}. Build the folder again."
-                )
 
 
 def _factors(members: Members, description: BaseDescription) -> dict[str, dict[int, Factors]]:

@@ -19,6 +19,7 @@ from torch import nn
 from experts.errors import TrainingError
 from experts.files import capped
 from experts.fingerprint import WEIGHTS, checkpoint_files
+from experts.kinds.kind import DTYPES
 from experts.names import unknown_name
 from experts.tokens import TOKENIZER_CONFIG, TOKENIZER_FILE
 from pipelines.train.anchor import ResolvedBase
@@ -30,7 +31,6 @@ from pipelines.train.trainers.retriever import RetrieverTrainer
 __all__ = ["TrainedForm", "make_form"]
 
 _TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_FLOATS = ("F32", "BF16", "F16")
 _DEFAULT_TARGETS = ("query", "value", "intermediate.dense", "attn.q", "attn.v")
 """Query, value and the FFN's first linear, as BERT's and MPNet's families call them."""
 
@@ -135,7 +135,7 @@ class FullForm(TrainedForm):
             name: path
             for path, tensors in checkpoint_files(base.folder).items()
             for name, tensor in tensors.items()
-            if tensor.dtype in _FLOATS
+            if tensor.dtype in DTYPES
         }
         self._model: RetrievalBase | None = None
 

@@ -294,7 +294,7 @@ def test_r20_a_flipped_byte_of_what_is_routed_by_is_refused(
     )
     left = load(folder, opt_out={"acme"})  # is not opened
     assert np.array_equal(left.encode_query(texts), retrievers.model().encode_query(texts, opt_out={"acme"}))
-    monkeypatch.setattr("composer.retrieval.loading._check_published", lambda members: None)
+    monkeypatch.setattr("composer.members.Members.check_published", lambda members: None)
     moved = door(folder).encode_query(texts) - retrievers.model().encode_query(texts)
     assert (np.abs(moved).max(axis=1) > 1e-6).sum() > len(texts) // 2
 

@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from experts.errors import TrainingError
 from experts.files import capped
 from experts.fingerprint import checkpoint_files
+from experts.kinds.kind import DTYPES
 from pipelines.train.trainers.base import ModelTrainer
 
 __all__ = ["DenseTrainer"]
-
-_FLOATS = ("F32", "BF16", "F16")
 
 
 @final
@@ -52,7 +51,7 @@ class DenseTrainer(ModelTrainer):
             name: place
             for place, tensors in checkpoint_files(anchor).items()
             for name, tensor in tensors.items()
-            if tensor.dtype in _FLOATS
+            if tensor.dtype in DTYPES
         }
         with safe_open(path, framework="pt") as file:
             written = set(file.keys())
